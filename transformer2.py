@@ -19,6 +19,7 @@ Shapes: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C
 """
 import contextlib
 import hashlib
+import math
 import os
 import re
 import sys
@@ -48,8 +49,8 @@ class Transformer2Error(ValueError):
 def decompose(weight):
     """W (m, n) -> U (m, r), s (r,) descending, Vh (r, n) in float32, W = U diag(s) Vh, r = min(m, n).
 
-    The eigenvectors V of WᵀW are the right singular vectors, and W = (W V) Vᵀ whatever orthogonal V one takes: exact,
-    at the price of one r x r eigenproblem. It squares the condition number, hence float64.
+    The eigenvectors V of WᵀW are the right singular vectors, and W = (W V) Vᵀ for any orthogonal V: exact, at the
+    price of one r x r eigenproblem. It squares the condition number, hence float64.
     """
     W = weight.detach().double()
     if W.shape[0] < W.shape[1]:  # work on the small side: Wᵀ = V diag(s) Uᵀ
@@ -61,17 +62,16 @@ def decompose(weight):
     return (U / s.clamp(min=1e-12)).float(), s.float(), V.T.contiguous().float()
 
 def decompose_cached(weight, cache_dir):
-    """decompose, remembered in `cache_dir` under a hash of the weight's content, on the weight's device."""
+    """decompose, remembered in `cache_dir` under a hash of the weight's content."""
     if cache_dir is None or weight.is_meta:
         return decompose(weight)
-    content = weight.detach().contiguous().cpu().view(torch.uint8).numpy()
-    path = Path(cache_dir) / (hashlib.sha256(content).hexdigest()[:24] + f"-{weight.dtype}-{len(weight)}.safetensors")
-    with contextlib.suppress(SafetensorError, KeyError, FileNotFoundError):  # a damaged file is made again
-        factors = load_file(path, device=str(weight.device))
-        return factors["U"], factors["s"], factors["Vh"]
-    U, s, Vh = decompose(weight)
-    write_whole(path, lambda tmp: save_file({"U": U, "s": s, "Vh": Vh}, tmp))
-    return U, s, Vh
+    content = hashlib.sha256(weight.detach().contiguous().cpu().view(torch.uint8).numpy()).hexdigest()[:24]
+    path = Path(cache_dir) / f"{content}-{weight.dtype}-{len(weight)}.safetensors"
+    with contextlib.suppress(SafetensorError, FileNotFoundError):  # a damaged file is made again
+        return tuple(load_file(path, device=str(weight.device))[part] for part in ("U", "s", "Vh"))
+    factors = decompose(weight)
+    write_whole(path, lambda tmp: save_file(dict(zip(("U", "s", "Vh"), factors)), tmp))
+    return factors
 
 def write_whole(path, write):
     """Has `write` fill a temporary file beside `path` and moves it there: readers see the whole file or none."""
@@ -115,8 +115,8 @@ class SVFLinear(nn.Module):
     def forward(self, x):
         scale = (self.s * self.current).to(x.dtype)
         if scale.dim() == 3 and (x.dim() != 3 or len(x) != len(scale)):
-            raise Transformer2Error(f"this model gives a layer activations of shape {tuple(x.shape)}, so its rows cannot "
-                                    f"have {len(scale)} experts of their own: use one expert for the whole batch")
+            raise Transformer2Error(f"{len(scale)} rows have experts of their own, but this model's layers see shape "
+                                    f"{tuple(x.shape)}: use one expert for the whole batch")
         return F.linear(F.linear(x, self.Vh) * scale, self.U, self.bias)
 
 TARGETS = {"mlp": r"(^|\.)(mlp|ffn|feed_forward|fc1|fc2|fc_in|fc_out)(\.|$)",
@@ -160,18 +160,19 @@ def get_expert(model):
     return {name: layer.current.detach().clone() for name, layer in svf_layers(model).items()}
 
 @contextlib.contextmanager
-def use_expert(model, expert):
+def use_expert(model, expert, rows=None):
     """`with use_expert(model, expert):` runs the model with these z's and puts back what was there before.
 
-    expert: None, the base model (z = 1); an Expert; or a list with one Expert-or-None for each row of the batch.
+    expert: None, the base model (z = 1); an Expert; or a list with one Expert-or-None for each row of the batch, of
+    which `rows` picks some.
     """
     layers = svf_layers(model)
     before = {name: layer.using for name, layer in layers.items()}
-    rows = expert if isinstance(expert, list) else [expert]
-    distinct = {id(e): e or {} for e in rows}  # many rows, few experts
+    per_row = [expert] if not isinstance(expert, list) else expert if rows is None else [expert[i] for i in rows]
+    distinct = {id(e): e or {} for e in per_row}  # many rows, few experts
     for e in distinct.values():
         check_expert(e, layers, "the expert")
-    index = torch.tensor([list(distinct).index(id(e)) for e in rows])
+    index = torch.tensor([list(distinct).index(id(e)) for e in per_row])
     try:
         for name, layer in layers.items():
             ones = torch.ones_like(layer.s)
@@ -222,10 +223,9 @@ def load_expert(path, model=None):
 def merge_svf(model):
     """In place: dense layers of their former class again, the current z folded in. Returns the model."""
     for name, layer in svf_layers(model).items():
-        linear = nn.Linear(1, 1) if not layer.is_conv1d else Conv1D(1, 1)
-        weight = layer.weight.T if layer.is_conv1d else layer.weight
+        m, n, weight = layer.out_features, layer.in_features, layer.weight
+        linear, weight = (Conv1D(m, n), weight.T) if layer.is_conv1d else (nn.Linear(n, m, device="meta"), weight)
         linear.weight, linear.bias = nn.Parameter(weight.contiguous(), requires_grad=False), layer.bias
-        linear.nf, linear.in_features, linear.out_features = layer.out_features, layer.in_features, layer.out_features
         model.set_submodule(name, linear)
     return model
 
@@ -286,21 +286,19 @@ def encode(model, processor, conversations, prefill=""):
 def context_of(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
-def batches(model, processor, conversations, prefill, extra, budget, desc=None):
-    """Row numbers in groups, long rows first, each at most `budget` tokens, padding and `extra` per row counted."""
+def batches(model, processor, conversations, prefill, extra=0, budget=65536, desc="scoring"):
+    """(row numbers, their encoded prompts): long rows first, each group padded to at most `budget` tokens, `extra` a
+    row included."""
     if not conversations:
         return
     lengths = encode(model, processor, conversations, prefill)["attention_mask"].sum(1).cpu().numpy() + extra
-    order, groups = np.argsort(-lengths, kind="stable").tolist(), []
-    for i in order:
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+    groups = [[]]
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
             groups.append([])
         groups[-1].append(i)
-    yield from tqdm(groups, desc=desc, leave=False, delay=3, disable=None if desc else True)
-
-def pick(expert, rows):
-    """The experts of these rows, where every row of the batch has its own."""
-    return [expert[i] for i in rows] if isinstance(expert, list) else expert
+    for rows in tqdm(groups, desc=desc, leave=False, delay=3, disable=None):
+        yield rows, encode(model, processor, [conversations[i] for i in rows], prefill)
 
 @torch.no_grad()
 def sample(model, processor, conversations, *, expert=None, max_new_tokens=256, temperature=0.0, prefill="",
@@ -309,14 +307,13 @@ def sample(model, processor, conversations, *, expert=None, max_new_tokens=256, 
     tokenizer, completions = tokenizer_of(processor), [None] * len(conversations)
     end = model.generation_config.eos_token_id
     end = np.ravel(tokenizer.eos_token_id if end is None else end).tolist()
-    for rows in batches(model, processor, conversations, prefill, max_new_tokens, token_budget, "generating"):
-        inputs = encode(model, processor, [conversations[i] for i in rows], prefill)
+    for rows, inputs in batches(model, processor, conversations, prefill, max_new_tokens, token_budget, "generating"):
         P = inputs["input_ids"].shape[1]
         config = GenerationConfig(  # spells out all that would reshape the distribution: the model's own may differ
             max_new_tokens=min(max_new_tokens, context_of(model) - P), do_sample=temperature > 0, num_beams=1,
             repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=end, pad_token_id=tokenizer.pad_token_id,
             **(dict(temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}))
-        with use_expert(model, pick(expert, rows)):
+        with use_expert(model, expert, rows):
             ids = model.generate(**inputs, generation_config=config)[:, P:].tolist()
         for i, row in zip(rows, ids):
             completions[i] = row[: next((t + 1 for t, token in enumerate(row) if token in end), len(row))]
@@ -330,7 +327,7 @@ def generate(model, processor, conversations, *, expert=None, max_new_tokens=256
     """
     ids = sample(model, processor, conversations, expert=expert, max_new_tokens=max_new_tokens,
                  temperature=temperature, **options)
-    return tokenizer_of(processor).batch_decode(ids, skip_special_tokens=True)
+    return [tokenizer_of(processor).decode(i, skip_special_tokens=True) for i in ids]
 
 def log_policy(model, inputs, completions, temperature=1.0):
     """log π(· | prompt, earlier tokens) in float32 (B, T, V), the completions' tokens (B, T) and their mask (B, T).
@@ -359,53 +356,51 @@ def continuation(tokenizer, prefill, text):
     joint = tokenizer(f"{stub} {text}".strip(), add_special_tokens=False)["input_ids"]
     return joint[len(tokenizer(stub, add_special_tokens=False)["input_ids"]) if stub else 0:]
 
-def log_choices(model, processor, conversations, prefill, choices):
+def log_choices(model, processor, inputs, prefill, choices):
     """Log-probability of each choice among the choices, (B, C), rows normalised; differentiable.
 
     Choices count as far as it takes to tell them apart. Category names and answer letters differ in their first
     tokens: then the prompt's last position says it all, and scoring costs one forward pass over the prompt.
     """
-    ids = [continuation(tokenizer_of(processor), prefill, choice) for choice in choices]
+    ids, B = [continuation(tokenizer_of(processor), prefill, choice) for choice in choices], len(inputs["input_ids"])
     depth = next((k for k in range(1, 1 + max(map(len, ids))) if len({tuple(i[:k]) for i in ids}) == len(ids)), None)
     if depth is None:
         raise Transformer2Error(f"this tokenizer cannot tell the choices {choices} apart: rename some")
     if depth == 1:
-        inputs = encode(model, processor, conversations, prefill)
-        scores = log_policy(model, inputs, [[0]] * len(conversations))[0][:, 0, [i[0] for i in ids]]
+        scores = log_policy(model, inputs, [[0]] * B)[0][:, 0, [i[0] for i in ids]]
     else:
-        inputs = encode(model, processor, [c for c in conversations for _ in choices], prefill)
-        scores = log_likelihood(model, inputs, [i[:depth] for i in ids] * len(conversations)).view(-1, len(choices))
+        scores = torch.stack([log_likelihood(model, inputs, [i[:depth]] * B) for i in ids], 1)
     return F.log_softmax(scores, dim=-1)
 
 @torch.no_grad()
-def score_choices(model, processor, conversations, prefill, choices, expert=None, token_budget=65536):
+def score_choices(model, processor, conversations, prefill, choices, expert=None):
     """log_choices in batches and with experts, (len(conversations), C) on the CPU."""
     scores = torch.empty(len(conversations), len(choices))
-    for rows in batches(model, processor, conversations, prefill, 0, token_budget, "scoring"):
-        with use_expert(model, pick(expert, rows)):
-            scores[rows] = log_choices(model, processor, [conversations[i] for i in rows], prefill, choices).cpu()
+    for rows, inputs in batches(model, processor, conversations, prefill):
+        with use_expert(model, expert, rows):
+            scores[rows] = log_choices(model, processor, inputs, prefill, choices).cpu()
     return scores
 
 @torch.no_grad()
-def rollout(model, processor, task, problems, *, expert=None, temperature=0.0, token_budget=65536):
+def rollout(model, processor, task, problems, *, expert=None, temperature=0.0):
     """One answer to each problem, a list of (token ids, text, reward); a choice's token id is its number.
 
     temperature 0 takes the likeliest tokens or choice, above 0 draws. expert: as for generate.
     """
     conversations = [task.conversation(p) for p in problems]
     if task.choices:
-        logp = score_choices(model, processor, conversations, task.prefill, task.choices, expert, token_budget)
+        logp = score_choices(model, processor, conversations, task.prefill, task.choices, expert)
         picked = torch.multinomial((logp / temperature).exp(), 1) if temperature > 0 else logp.argmax(1, keepdim=True)
         tokens, texts = picked.tolist(), [task.choices[i] for i in picked.flatten().tolist()]
     else:
         tokens = sample(model, processor, conversations, expert=expert, max_new_tokens=task.max_new_tokens,
-                        temperature=temperature, prefill=task.prefill, token_budget=token_budget)
-        texts = tokenizer_of(processor).batch_decode(tokens, skip_special_tokens=True)
+                        temperature=temperature, prefill=task.prefill)
+        texts = [tokenizer_of(processor).decode(i, skip_special_tokens=True) for i in tokens]
     return [(t, text, task.reward(text, p)) for t, text, p in zip(tokens, texts, problems)]
 
-def evaluate(model, processor, task, problems, *, expert=None, **options):
+def evaluate(model, processor, task, problems, *, expert=None):
     """Mean accuracy of greedy answers in [0, 1]; a negative reward counts as 0. expert: as for generate."""
-    answers = rollout(model, processor, task, problems, expert=expert, **options)
+    answers = rollout(model, processor, task, problems, expert=expert)
     return float(np.mean([max(reward, 0.0) for _, _, reward in answers]))
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -442,18 +437,17 @@ def accumulate_gradient(model, processor, task, problems, answers, hp):
     advantages = rewards - hp.baseline * rewards.mean()
     extra = np.array([0 if task.choices else len(tokens) for tokens, _, _ in answers])
     total_kl = 0.0
-    for rows in batches(model, processor, conversations, task.prefill, extra, hp.token_budget):
-        group, tokens = [conversations[i] for i in rows], [answers[i][0] for i in rows]
+    for rows, inputs in batches(model, processor, conversations, task.prefill, extra, hp.token_budget, "updating"):
+        tokens = [answers[i][0] for i in rows]
         def policy():
-            if task.choices:  # one step, whose vocabulary is the choices
-                actions = torch.tensor(tokens, device=model.device)  # (B, 1)
-                logp = log_choices(model, processor, group, task.prefill, task.choices)
-                return logp[:, None], actions, torch.ones_like(actions)
-            return log_policy(model, encode(model, processor, group, task.prefill), tokens, hp.temperature)
+            if not task.choices:
+                return log_policy(model, inputs, tokens, hp.temperature)
+            logp = log_choices(model, processor, inputs, task.prefill, task.choices)  # one step over C "tokens"
+            return logp[:, None], torch.tensor(tokens, device=logp.device), torch.ones_like(logp[:, :1])
         with torch.no_grad(), use_expert(model, None):  # the reference is the same model at z = 1
             ref_logp = policy()[0]
         logp, actions, mask = policy()
-        loss, kl = policy_loss(logp, ref_logp, actions, mask, advantages[rows].to(model.device), hp.kl_coef)
+        loss, kl = policy_loss(logp, ref_logp, actions, mask, advantages[rows].to(logp.device), hp.kl_coef)
         (loss / len(answers)).backward()
         total_kl += kl.item() / len(answers)
     return total_kl
@@ -488,7 +482,7 @@ def reinforce(model, processor, task, *, checkpoint=None, verbose=True, **hyperp
                 answers = rollout(model, processor, task, batch, expert=get_expert(model), temperature=hp.temperature)
                 kl = accumulate_gradient(model, processor, task, batch, answers, hp)
                 norm = torch.nn.utils.clip_grad_norm_([layer.z for layer in layers.values()], hp.max_grad_norm).item()
-                optimizer.param_groups[0]["lr"] = hp.lr * (1 + np.cos(np.pi * (step - 1) / hp.steps)) / 2
+                optimizer.param_groups[0]["lr"] = hp.lr * (1 + math.cos(math.pi * (step - 1) / hp.steps)) / 2
                 optimizer.step()
                 optimizer.zero_grad()
                 rewards = np.array([reward for _, _, reward in answers])
@@ -513,13 +507,17 @@ def reinforce(model, processor, task, *, checkpoint=None, verbose=True, **hyperp
 # Section 3.2, self-adaptation: pass 1 decides on z', pass 2 answers with it
 
 CATEGORY_PREFILL = "The category of this question is"
+CATEGORY_GUIDE = {"code": "asking for programming solutions", "math": "involving calculations", "other": "of any other kind",
+                  "reasoning": "requiring logic or knowledge of science"}  # the paper's categories, explained as it does
 
 def category_question(conversation, categories):
-    """The conversation of pass 1: its last turn, with the question which category it belongs to."""
-    ask = f"Which of these categories does the question below belong to: {', '.join(categories)}?\n\n"
+    """The conversation of pass 1: the last turn, after the request to say which category it belongs to."""
+    ask = f"Classify the question into one of these categories: {', '.join(categories)}.\n"
+    if set(categories) <= set(CATEGORY_GUIDE):
+        ask += "".join(f"{i}. {c.capitalize()}: questions {CATEGORY_GUIDE[c]}.\n" for i, c in enumerate(categories, 1))
     *earlier, last = conversation
-    content = ask + last["content"] if isinstance(last["content"], str) else [{"type": "text", "text": ask}, *last["content"]]
-    return [*earlier, {**last, "content": content}]
+    text, parts = last["content"], [{"type": "text", "text": ask}]
+    return [*earlier, {**last, "content": f"{ask}\n{text}" if isinstance(text, str) else [*parts, *text]}]
 
 def classify(model, processor, conversations, categories, *, expert=None):
     """Pass 1: the likeliest category of each conversation. Strategy A; with expert=z^c, trained to classify, B."""
@@ -550,13 +548,12 @@ def mix(model, experts, alphas):
     return z
 
 @torch.no_grad()
-def solution_likelihood(model, processor, task, problems, solutions, expert):
-    """Log-likelihood of the right answers, a list with one number per problem."""
+def solution_likelihood(model, processor, task, problems, expert):
+    """Log-likelihood of the right answers, one number per problem; expert: as for generate."""
     conversations, likelihood = [task.conversation(p) for p in problems], np.zeros(len(problems))
-    ids = [continuation(tokenizer_of(processor), task.prefill, s) for s in solutions]
-    for rows in batches(model, processor, conversations, task.prefill, np.array(list(map(len, ids))), 16384):
-        inputs = encode(model, processor, [conversations[i] for i in rows], task.prefill)
-        with use_expert(model, pick(expert, rows)):
+    ids = [continuation(tokenizer_of(processor), task.prefill, str(p.get("solution", p["answer"]))) for p in problems]
+    for rows, inputs in batches(model, processor, conversations, task.prefill, np.array([len(i) for i in ids]), 16384):
+        with use_expert(model, expert, rows):
             likelihood[rows] = log_likelihood(model, inputs, [ids[i] for i in rows]).cpu()
     return likelihood
 
@@ -573,16 +570,16 @@ def few_shot(model, processor, task, problems, experts, *, population=32, iterat
     G = max(blocks, default=1) if per_layer else 1
     rng, n_elite = np.random.default_rng(seed), max(2, round(elite * population))
     mean, std = np.full((K, G), 1 / K), np.full((K, G), 0.5)
-    solutions = [str(p.get("solution", p["answer"])) for p in problems]
     known = np.concatenate([np.zeros((1, K, G)), np.repeat(np.eye(K)[:, :, None], G, 2)])  # base, single experts
-    for _ in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
+    for i in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
         alphas = np.concatenate([known, mean + std * rng.standard_normal((population - len(known), K, G))])
         candidates = [mix(model, list(experts.values()), torch.tensor(a, dtype=torch.float32)) for a in alphas]
         rows, many = [c for c in candidates for _ in problems], list(problems) * population
         right = [max(r, 0.0) for _, _, r in rollout(model, processor, task, many, expert=rows)]
-        likely = solution_likelihood(model, processor, task, many, solutions * population, rows)
+        likely = solution_likelihood(model, processor, task, many, rows)
         right, likely = (np.reshape(x, (population, -1)).mean(1) for x in (right, likely))
         best = np.lexsort((-likely, -right))[:n_elite]
         mean, std, known = alphas[best].mean(0), alphas[best].std(0), alphas[best[:1]]
+        std = std + 0.2 * (1 - i / iterations)  # without added noise CEM narrows down too early (Szita & Lőrincz, 2006)
     alphas = torch.tensor(known[0], dtype=torch.float32)
     return mix(model, list(experts.values()), alphas), alphas

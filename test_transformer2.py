@@ -1,0 +1,432 @@
+"""
+The mathematics and the promises of transformer2.py, on small random models: no network, no GPU, no files from elsewhere.
+
+    pytest                 # about a minute on two cores
+"""
+import copy
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, LlavaConfig, Phi3Config,
+                          Qwen2Config)
+
+import adapt
+import train_expert
+import transformer2 as t2
+
+WORDS = "Classify the question into one of these categories: red, green, blue, other. The category of this question is"
+TOKENIZER = train_expert.tiny_tokenizer([WORDS, "What is 1 plus 2? Hello", "0123456789ABCDEFGH"])
+SMALL = dict(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=64, bos_token_id=None, eos_token_id=TOKENIZER.eos_token_id, pad_token_id=0)
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, initializer_range=0.2),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2, intermediate_size=48, initializer_range=0.2),  # biases on q, k and v
+    "gpt2": GPT2Config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2,
+                       bos_token_id=None, eos_token_id=TOKENIZER.eos_token_id),  # Conv1D
+    "phi3": Phi3Config(**SMALL, intermediate_size=48, initializer_range=0.2),  # fused qkv and gate-up
+    "gemma": GemmaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48, head_dim=8, initializer_range=0.2),  # tied embeddings
+}
+
+def make(family="llama", seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).float().eval()
+    for p in model.parameters():  # biases start at zero, which would hide a lost bias
+        if p.dim() == 1:
+            nn.init.normal_(p, 1.0 if p.mean() == 1 else 0.0, 0.2)
+    return model
+
+def random_expert(model, seed=0, size=0.5):
+    torch.manual_seed(seed)
+    return {name: 1 + size * torch.randn_like(layer.s) for name, layer in t2.svf_layers(model).items()}
+
+def say(text):
+    return [{"role": "user", "content": text}]
+
+def logits(model, ids=torch.tensor([[5, 6, 7, 8, 9, 10]])):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+def toy(reward, **more):
+    problems = [{"question": f"What is {a} plus {b}?", "answer": "B"} for a in range(10) for b in range(10)]
+    return t2.Task("toy", lambda split: problems[:80] if split == "train" else problems[80:],
+                   lambda p: say(p["question"]), reward, **more)
+
+# --- singular value fine-tuning
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
+def test_decomposition_is_the_svd(shape):
+    torch.manual_seed(0)
+    W = torch.randn(shape)
+    U, s, Vh = t2.decompose(W)
+    assert torch.allclose(U * s @ Vh, W, atol=1e-5)
+    assert torch.allclose(s, torch.linalg.svdvals(W), atol=1e-5)
+    for side in (U.T @ U, Vh @ Vh.T):
+        assert torch.allclose(side, torch.eye(len(s)), atol=1e-5)
+
+def test_decomposition_of_a_singular_matrix_is_exact():
+    W = torch.outer(torch.arange(1.0, 6), torch.arange(1.0, 8))
+    U, s, Vh = t2.decompose(W)
+    assert torch.allclose(U * s @ Vh, W, atol=1e-4) and torch.isfinite(U).all()
+
+def test_cache_is_by_content_and_heals(tmp_path):
+    A, B = torch.randn(6, 4), torch.randn(6, 4)
+    first = t2.decompose_cached(A, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    path = next(tmp_path.iterdir())
+    save_file({"U": first[0], "s": first[1] * 2, "Vh": first[2]}, path)  # so that a hit can be told from a miss
+    assert torch.equal(t2.decompose_cached(A, tmp_path)[1], first[1] * 2)
+    assert torch.allclose(t2.decompose_cached(B, tmp_path)[1], torch.linalg.svdvals(B), atol=1e-5)
+    path.write_bytes(b"damaged")
+    assert torch.equal(t2.decompose_cached(A, tmp_path)[1], first[1])
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", ["mlp", "all"])
+def test_z_of_ones_is_the_base_model_and_merged_is_factored(family, targets):
+    model = make(family)
+    before, names = logits(model), set(dict(model.named_parameters()))
+    classes = {name: type(m) for name, m in model.named_modules()}
+    t2.apply_svf(model, targets)
+    assert relative(logits(model), before) < 1e-4
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [f"{n}.z" for n in t2.svf_layers(model)]
+    expert = random_expert(model)
+    with t2.use_expert(model, expert):
+        changed = logits(model)
+        assert relative(changed, before) > 1e-2
+        t2.merge_svf(model)
+    assert relative(logits(model), changed) < 1e-4
+    assert {name: type(m) for name, m in model.named_modules()} == classes
+    assert set(dict(model.named_parameters())) == names
+
+def test_merged_model_reloads(tmp_path):
+    for family in ("llama", "gpt2"):
+        model = t2.apply_svf(make(family), "all")
+        with t2.use_expert(model, random_expert(model)):
+            t2.merge_svf(model)
+        model.save_pretrained(tmp_path / family)
+        assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / family)), logits(model)) < 1e-5
+
+def test_bfloat16():
+    model = make().to(torch.bfloat16)
+    before = logits(model).float()
+    t2.apply_svf(model)
+    layer = next(iter(t2.svf_layers(model).values()))
+    assert layer.z.dtype == layer.s.dtype == torch.float32 and layer.U.dtype == torch.bfloat16
+    assert relative(logits(model).float(), before) < 0.05
+
+def test_weight_and_targets():
+    model = make("llama")
+    dense = model.model.layers[0].mlp.up_proj.weight.clone()
+    t2.apply_svf(model, r"layers\.0\.mlp\.up_proj$")
+    assert list(t2.svf_layers(model)) == ["model.layers.0.mlp.up_proj"]
+    assert torch.allclose(model.model.layers[0].mlp.up_proj.weight, dense, atol=1e-5)
+    assert not any("lm_head" in n for n in t2.svf_layers(t2.apply_svf(make("llama"), "all")))
+
+def test_vision_towers_are_left_alone():
+    config = LlavaConfig(vision_config=dict(model_type="clip_vision_model", hidden_size=16, intermediate_size=16,
+                         num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4),
+                         text_config=FAMILIES["llama"].to_dict(), image_token_index=3)
+    from transformers import LlavaForConditionalGeneration
+    names = list(t2.svf_layers(t2.apply_svf(LlavaForConditionalGeneration(config), "all")))
+    assert names and not any("vision" in n or "projector" in n for n in names)
+
+def test_gradient_of_z_is_the_finite_difference():
+    model = t2.apply_svf(make("llama"), "all").double()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    loss = lambda: model(input_ids=ids, labels=ids).loss
+    loss().backward()
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"):
+        z = t2.svf_layers(model)[name].z
+        for i in (0, 3, 7):
+            ends = []
+            for step in (1e-3, -1e-3):
+                with torch.no_grad():
+                    z[i] += step
+                    ends.append(loss().item())
+                    z[i] -= step
+            assert z.grad[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=5e-3, abs=1e-5)
+
+def test_parameter_counts_at_llama_3_8b():
+    config = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                         num_attention_heads=32, num_key_value_heads=8)
+    def count(targets):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            lora = sum(16 * sum(m.weight.shape) for n, m in model.named_modules() if n.endswith(("q_proj", "v_proj")))
+            t2.apply_svf(model, targets)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad), lora
+    assert count("mlp") == (393_216, 6_815_744)
+    assert count(r"(q|v)_proj$")[0] == 163_840
+
+# --- experts
+
+def test_experts_nest_and_rows_have_their_own():
+    model = t2.apply_svf(make(), "all")
+    a, b = random_expert(model, 1), random_expert(model, 2)
+    base = logits(model)
+    with t2.use_expert(model, a):
+        alone_a = logits(model)
+        with t2.use_expert(model, None):
+            assert relative(logits(model), base) < 1e-6
+        assert torch.equal(t2.get_expert(model)["model.layers.0.mlp.up_proj"], a["model.layers.0.mlp.up_proj"])
+    with t2.use_expert(model, b):
+        alone_b = logits(model)
+    with t2.use_expert(model, [a, None, b, a]):
+        mixed = logits(model, torch.tensor([[5, 6, 7, 8, 9, 10]] * 4))
+    for row, alone in zip(mixed, (alone_a, base, alone_b, alone_a)):
+        assert relative(row, alone[0]) < 1e-5
+    assert relative(logits(model), base) < 1e-6
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batch_says_what_each_expert_says_alone(family):
+    model = t2.apply_svf(make(family), "all")
+    experts = [random_expert(model, 1, size=2.0), None, random_expert(model, 2, size=2.0)]
+    conversations = [say("What is 1 plus 2?"), say("Hello ABC"), say("Hello")]  # of different lengths: padding counts too
+    mixed = t2.generate(model, TOKENIZER, conversations, expert=experts, max_new_tokens=8)
+    alone = [t2.generate(model, TOKENIZER, [c], expert=e, max_new_tokens=8)[0] for c, e in zip(conversations, experts)]
+    assert mixed == alone and len(set(mixed)) > 1
+
+def test_save_and_load(tmp_path):
+    model = t2.apply_svf(make())
+    expert = random_expert(model)
+    t2.save_expert(expert, tmp_path / "e.safetensors", task="toy", seed=3)
+    loaded = t2.load_expert(tmp_path / "e.safetensors", model)
+    assert loaded.keys() == expert.keys() and all(torch.equal(loaded[k], expert[k]) for k in expert)
+    assert adapt.read_experts(tmp_path, "x")["e"] == {"task": "toy", "seed": "3"}
+    with pytest.raises(t2.Transformer2Error, match="another model"):
+        t2.load_expert(tmp_path / "e.safetensors", t2.apply_svf(make(), "attention"))
+    with pytest.raises(t2.Transformer2Error, match="cannot read"):
+        t2.load_expert(tmp_path / "none.safetensors")
+    with pytest.raises(TypeError):  # an interrupted write leaves neither a half file nor a temporary one
+        t2.write_whole(tmp_path / "f", lambda tmp: tmp.write_text(None))
+    assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
+
+def test_authors_checkpoints(tmp_path):
+    model = t2.apply_svf(make())
+    p = {name: torch.randn_like(layer.s) for name, layer in t2.svf_layers(model).items()}
+    torch.save({f"{name}.weight": x for name, x in p.items()}, tmp_path / "learnable_params.pt")
+    torch.save({f"learnable_params_module_list.{i}": x for i, x in enumerate(p.values())}, tmp_path / "policy_params.pt")
+    name, layer = next(iter(t2.svf_layers(model).items()))
+    z = torch.sigmoid(p[name])
+    theirs = (layer.U * (layer.s * z)) @ layer.Vh * layer.s.sum() / (layer.s * z).sum()  # their compose_new_params
+    for file in ("learnable_params.pt", "policy_params.pt"):
+        with t2.use_expert(model, t2.load_expert(tmp_path / file, model)):
+            assert relative(layer.weight, theirs) < 1e-5
+
+# --- the policy gradient
+
+def test_policy_loss_by_hand():
+    """One step, two actions, π = (p, 1 - p): J = r log p(a) - λ KL, both worked out on paper."""
+    x = torch.tensor(0.3, requires_grad=True)
+    p, q = torch.sigmoid(x).item(), 0.5
+    logp = torch.stack([x, torch.zeros(())]).log_softmax(0).view(1, 1, 2)
+    loss, kl = t2.policy_loss(logp, torch.tensor([[[math.log(q), math.log(1 - q)]]]), torch.tensor([[0]]),
+                              torch.ones(1, 1), torch.tensor([-1.0]), kl_coef=0.2)
+    loss.backward()
+    by_hand = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert kl.item() == pytest.approx(by_hand, rel=1e-5)
+    assert loss.item() == pytest.approx(math.log(p) + 0.2 * by_hand, rel=1e-5)
+    # d/dx: log p -> 1 - p;  KL -> p (1 - p) log[p (1 - q) / ((1 - p) q)]
+    assert x.grad.item() == pytest.approx((1 - p) + 0.2 * p * (1 - p) * math.log(p / (1 - p)), rel=1e-4)
+
+def test_masked_steps_do_not_count():
+    logp = torch.randn(2, 3, 5).log_softmax(-1)
+    ref, actions, adv = torch.randn(2, 3, 5).log_softmax(-1), torch.randint(5, (2, 3)), torch.tensor([1.0, -1.0])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    full = t2.policy_loss(logp, ref, actions, mask, adv, 0.1)
+    short = t2.policy_loss(logp[:, :2], ref[:, :2], actions[:, :2], mask[:, :2], adv, 0.1)
+    assert torch.allclose(full[0], short[0]) and torch.allclose(full[1], short[1])
+
+def test_log_policy_is_the_unpadded_models():
+    model = make("gpt2")  # absolute positions: left padding would show
+    inputs = t2.encode(model, TOKENIZER, [say("Hello"), say("What is 1 plus 2?")])
+    completions = [[7, 8, 9], [10]]
+    likely = t2.log_likelihood(model, inputs, completions)
+    for i, text in enumerate(["Hello", "What is 1 plus 2?"]):
+        prompt = t2.encode(model, TOKENIZER, [say(text)])["input_ids"][0].tolist()
+        logp = logits(model, torch.tensor([prompt + completions[i]]))[0].log_softmax(-1)
+        alone = sum(logp[len(prompt) - 1 + t, token] for t, token in enumerate(completions[i]))
+        assert likely[i].item() == pytest.approx(alone.item(), abs=1e-4)
+
+def test_micro_batches_add_up_to_the_batch():
+    model = t2.apply_svf(make())
+    task = toy(lambda c, p: 1.0, max_new_tokens=4)
+    problems = task.problems("train")[:6]
+    answers = [([5, 6, 7][: 1 + i % 3], "", (-1.0) ** i) for i in range(6)]
+    gradients = []
+    for budget in (10 ** 6, 1):
+        model.zero_grad()
+        kl = t2.accumulate_gradient(model, TOKENIZER, task, problems, answers, t2.Hyperparameters(token_budget=budget))
+        gradients.append(torch.cat([layer.z.grad for layer in t2.svf_layers(model).values()]))
+        assert kl == pytest.approx(0, abs=1e-6)  # z = 1 is the reference
+    assert relative(gradients[1], gradients[0]) < 1e-4
+
+@pytest.mark.parametrize("choices", [["red", "green", "blue"], None])
+def test_reinforce_learns_and_resumes(choices, tmp_path, capsys):
+    model = t2.apply_svf(make())
+    if choices:  # one of three, by probability
+        task = toy(lambda c, p: 1.0 if c == "blue" else -1.0, choices=choices, prefill="The category of this question is")
+    else:  # a first token out of the whole vocabulary
+        task = toy(lambda c, p: 1.0 if c.strip()[:1].isdigit() else -1.0, max_new_tokens=1)
+    hyper = dict(steps=24, batch_size=64, lr=3e-2, validate_every=8, verbose=False)
+    before = t2.evaluate(model, TOKENIZER, task, task.problems("test"))
+    expert = t2.reinforce(model, TOKENIZER, task, **hyper)
+    after = t2.evaluate(model, TOKENIZER, task, task.problems("test"), expert=expert)
+    assert before < 0.6 and after > 0.9
+    assert all((layer.z == 1).all() for layer in t2.svf_layers(model).values())  # the model is as it was
+    if choices:  # stop after the 9th step; going on gives the same expert to the last bit
+        original, calls = task.reward, iter(range(10 ** 9))
+        def failing(c, p):
+            if next(calls) > 64 * 9:
+                raise KeyboardInterrupt
+            return original(c, p)
+        task.reward = failing
+        with pytest.raises(KeyboardInterrupt):
+            t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **hyper)
+        task.reward = original
+        resumed = t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **hyper)
+        assert all(torch.equal(resumed[k], expert[k]) for k in expert)
+        with pytest.raises(t2.Transformer2Error, match="begun with"):
+            t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **{**hyper, "lr": 1.0})
+
+def test_kl_holds_the_policy_back():
+    model = t2.apply_svf(make())
+    task = toy(lambda c, p: 1.0 if c == "blue" else -1.0, choices=["red", "green", "blue"], prefill="The category is")
+    distance = []
+    for kl_coef in (0.0, 10.0):
+        expert = t2.reinforce(model, TOKENIZER, task, steps=10, batch_size=64, lr=2e-2, kl_coef=kl_coef, verbose=False,
+                              validate_every=100)
+        distance.append(sum(((z - 1) ** 2).sum() for z in expert.values()))
+    assert distance[1] < 0.7 * distance[0]
+
+# --- self-adaptation
+
+def test_choices_are_scored_by_their_own_probability():
+    model = make()
+    conversations = [say("Hello"), say("What is 1 plus 2?")]
+    prefill = "The category is"
+    for choices, depth in ((["red", "green", "other"], 1), (["4 5", "4 6", "4 7 8"], 4)):  # told apart early, and late
+        scores = t2.score_choices(model, TOKENIZER, conversations, prefill, choices)
+        assert torch.allclose(scores.exp().sum(1), torch.ones(2), atol=1e-5)
+        ids = [TOKENIZER(f" {choice}")["input_ids"][:depth] for choice in choices]
+        for row, c in zip(scores, conversations):
+            inputs = t2.encode(model, TOKENIZER, [c], prefill)
+            alone = torch.stack([t2.log_likelihood(model, inputs, [i])[0] for i in ids]).log_softmax(0)
+            assert torch.allclose(row, alone, atol=1e-4)
+    with pytest.raises(t2.Transformer2Error, match="apart"):
+        t2.score_choices(model, TOKENIZER, conversations, "", ["A", "A"])
+
+def test_two_pass_answers_with_the_chosen_expert():
+    model = t2.apply_svf(make(), "all")
+    experts = {"red": random_expert(model, 1), "green": None, "blue": random_expert(model, 2)}
+    conversations = [say(f"What is {a} plus {b}?") for a in (1, 2) for b in (1, 2, 0)]
+    classifier = random_expert(model, 3, size=2.0)
+    answers = t2.two_pass(model, TOKENIZER, conversations, experts, classifier=classifier, max_new_tokens=6)
+    assert [c for c, _ in answers] == t2.classify(model, TOKENIZER, conversations, [*experts, "other"], expert=classifier)
+    for conversation, (category, text) in zip(conversations, answers):
+        expert = experts.get(category)
+        assert [text] == t2.generate(model, TOKENIZER, [conversation], expert=expert, max_new_tokens=6)
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_cem_finds_a_known_optimum(per_layer, monkeypatch):
+    model = t2.apply_svf(make())
+    experts = {"a": random_expert(model, 1), "b": random_expert(model, 2)}
+    best = torch.tensor([[1.3, 0.2], [-0.6, 0.5]])[:, : 2 if per_layer else 1]
+    target = t2.mix(model, list(experts.values()), best)
+    far = lambda e: sum(((e[k] - target[k]) ** 2).sum().item() for k in target)
+    monkeypatch.setattr(t2, "rollout", lambda *a, expert, **k: [([], "", 1.0 if far(e) < 9 else -1.0) for e in expert])
+    monkeypatch.setattr(t2, "solution_likelihood", lambda *args: np.array([-far(e) for e in args[-1]]))
+    z, alphas = t2.few_shot(model, TOKENIZER, toy(None), [{"answer": ""}], experts, iterations=30, per_layer=per_layer)
+    assert torch.allclose(alphas, best, atol=0.1)
+    assert all(torch.allclose(z[k], t2.mix(model, list(experts.values()), alphas)[k]) for k in z)
+
+def test_mix_of_one_expert_is_that_expert():
+    model = t2.apply_svf(make())
+    a, b = random_expert(model, 1), random_expert(model, 2)
+    z = t2.mix(model, [a, b], torch.tensor([[1.0], [0.0]]))
+    assert all(torch.allclose(z[k], a[k]) for k in a)
+    with t2.use_expert(model, t2.mix(model, [a, b], torch.zeros(2, 1))):
+        assert relative(logits(model), logits(make())) < 1e-4
+
+# --- prompts, tasks, command lines
+
+def test_no_chat_template_and_no_pad_token(capsys):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = tokenizer.pad_token = None
+    texts = t2.generate(make(), tokenizer, [say("Hello"), say("What is 1 plus 2?")], max_new_tokens=3, prefill="The")
+    assert len(texts) == 2 and "no chat template" in capsys.readouterr().err
+
+def test_prompts_that_cannot_be_answered():
+    model = make()
+    with pytest.raises(t2.Transformer2Error, match="context ends at 64"):
+        t2.generate(model, TOKENIZER, [say("A" * 80)])
+    with pytest.raises(t2.Transformer2Error, match="reads text only"):
+        t2.generate(model, TOKENIZER, [[{"role": "user", "content": [{"type": "image", "image": None}]}]])
+    assert t2.generate(model, TOKENIZER, []) == []
+    assert len(TOKENIZER(t2.generate(model, TOKENIZER, [say("A" * 50)], max_new_tokens=99)[0])["input_ids"]) <= 12
+
+def test_sampling_ignores_the_models_own_generation_settings():
+    model = make()
+    plain = t2.generate(model, TOKENIZER, [say("Hello")], max_new_tokens=12)
+    model.generation_config.repetition_penalty, model.generation_config.top_k = 5.0, 1
+    assert t2.generate(model, TOKENIZER, [say("Hello")], max_new_tokens=12) == plain
+    torch.manual_seed(0)
+    assert len(set(t2.generate(model, TOKENIZER, [say("Hello")] * 20, max_new_tokens=5, temperature=2.0))) > 5
+
+def test_tiny_tasks_are_split_by_question():
+    seen = {split: {p["question"] for p in train_expert.get_task("addition").problems(split)} for split in
+            ("train", "validation", "test")}
+    assert not (seen["train"] & seen["test"] or seen["train"] & seen["validation"] or seen["validation"] & seen["test"])
+    corpus = {prompt for prompt, _ in train_expert.tiny_corpus(2000, random.Random(0))}
+    assert not any(q in prompt for q in seen["test"] for prompt in corpus)
+    for name in train_expert.TINY_CATEGORY:
+        task = train_expert.get_task(name)
+        for p in task.problems("test")[:50]:
+            assert task.reward(p["answer"], p) == 1.0 and task.reward("nonsense", p) == -1.0
+
+@pytest.mark.parametrize("text, number", [
+    ("so 3 + 4 = 7. The answer is 1,234.", 1234), ("#### -5", -5), (r"\boxed{18.00}", 18), ("it costs $7", 7), ("2 or 3", 3)])
+def test_numeric_answers(text, number):
+    assert train_expert.numeric_answer(text) == number
+
+@pytest.mark.parametrize("command, says", [
+    (["train_expert", "--model", "tiny", "--task", "nonsense"], "unknown task 'nonsense'"),
+    (["train_expert", "--model", "no/such-model", "--task", "addition"], "neither 'tiny' nor a folder"),
+    (["train_expert", "--model", "MODEL", "--task", "addition", "--targets", "nothing"], "match no linear layer"),
+    (["train_expert", "--model", "MODEL", "--task", "addition", "--targets", "(["], "nor a regular expression"),
+    (["adapt", "--model", "MODEL", "--experts", "EMPTY", "Hello"], "no experts in"),
+    (["adapt", "--model", "MODEL", "--experts", "OTHERS", "Hello"], "for another model"),
+    (["adapt", "--model", "MODEL", "--experts", "OWN", "A" * 80], "context ends at 64"),
+])
+def test_bad_input_is_one_sentence_and_exit_code_2(command, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = make()
+    for part in (model, TOKENIZER):
+        part.save_pretrained(tmp_path / "MODEL")
+    (tmp_path / "EMPTY").mkdir()
+    t2.save_expert({"model.layers.0.mlp.up_proj": torch.ones(7)}, tmp_path / "OTHERS/x.safetensors")
+    t2.save_expert(random_expert(t2.apply_svf(model)), tmp_path / "OWN/x.safetensors")
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_expert.guarded({"adapt": adapt, "train_expert": train_expert}[command[0]].main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and "Traceback" not in error
+    assert error.strip().count("\n") == 0 and not (tmp_path / "experts").exists()
+
+def test_one_file_is_enough(tmp_path):
+    (tmp_path / "transformer2.py").write_text(Path(t2.__file__).read_text())
+    code = "import transformer2, sys; assert not {'train_expert', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
