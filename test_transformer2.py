@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, LlavaConfig, Phi3Config,
@@ -144,7 +145,7 @@ def test_vision_towers_are_left_alone():
 def test_gradient_of_z_is_the_finite_difference():
     model = t2.apply_svf(make("llama"), "all").double()
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
-    loss = lambda: model(input_ids=ids, labels=ids).loss
+    loss = lambda: F.cross_entropy(model(input_ids=ids).logits[0, :-1].double(), ids[0, 1:])
     loss().backward()
     for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"):
         z = t2.svf_layers(model)[name].z
@@ -267,7 +268,7 @@ def test_micro_batches_add_up_to_the_batch():
     gradients = []
     for budget in (10 ** 6, 1):
         model.zero_grad()
-        kl = t2.accumulate_gradient(model, TOKENIZER, task, problems, answers, t2.Hyperparameters(token_budget=budget))
+        *_, kl = t2.accumulate_gradient(model, TOKENIZER, task, problems, answers, t2.Hyperparameters(token_budget=budget))
         gradients.append(torch.cat([layer.z.grad for layer in t2.svf_layers(model).values()]))
         assert kl == pytest.approx(0, abs=1e-6)  # z = 1 is the reference
     assert relative(gradients[1], gradients[0]) < 1e-4
@@ -285,7 +286,7 @@ def test_reinforce_learns_and_resumes(choices, tmp_path, capsys):
     after = t2.evaluate(model, TOKENIZER, task, task.problems("test"), expert=expert)
     assert before < 0.6 and after > 0.9
     assert all((layer.z == 1).all() for layer in t2.svf_layers(model).values())  # the model is as it was
-    if choices:  # stop after the 9th step; going on gives the same expert to the last bit
+    if choices:  # stop in the middle; going on gives the same expert to the last bit
         original, calls = task.reward, iter(range(10 ** 9))
         def failing(c, p):
             if next(calls) > 64 * 9:
@@ -299,6 +300,30 @@ def test_reinforce_learns_and_resumes(choices, tmp_path, capsys):
         assert all(torch.equal(resumed[k], expert[k]) for k in expert)
         with pytest.raises(t2.Transformer2Error, match="begun with"):
             t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **{**hyper, "lr": 1.0})
+
+def test_gradient_for_choices_is_that_of_the_exact_expectation():
+    model, names = t2.apply_svf(make()).double(), ["red", "green", "blue"]
+    task = toy(lambda c, p: {"red": 1.0, "green": -1.0, "blue": -0.1}[c], choices=names, prefill="The category is")
+    problems, layer = task.problems("train")[:5], t2.svf_layers(model)["model.layers.0.mlp.down_proj"]
+    with torch.no_grad():
+        layer.z[2] = 1.5  # away from the reference, where the KL has a gradient
+    def J():
+        inputs = t2.encode(model, TOKENIZER, [task.conversation(p) for p in problems], task.prefill)
+        with torch.no_grad():
+            logp = t2.log_choices(model, TOKENIZER, inputs, task.prefill, names).double()
+            with t2.use_expert(model, None):
+                ref = t2.log_choices(model, TOKENIZER, inputs, task.prefill, names).double()
+        return (logp.exp() * (torch.tensor([1.0, -1.0, -0.1]) - 0.3 * (logp - ref))).sum(1).mean().item()
+    hp = t2.Hyperparameters(kl_coef=0.3, token_budget=1)
+    t2.accumulate_gradient(model, TOKENIZER, task, problems, None, hp)
+    for i in (2, 5):
+        ends = []
+        for step in (1e-2, -1e-2):
+            with torch.no_grad():
+                layer.z[i] += step
+                ends.append(J())
+                layer.z[i] -= step
+        assert -layer.z.grad[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=1e-2, abs=2e-5)
 
 def test_kl_holds_the_policy_back():
     model = t2.apply_svf(make())
@@ -317,15 +342,17 @@ def test_choices_are_scored_by_their_own_probability():
     conversations = [say("Hello"), say("What is 1 plus 2?")]
     prefill = "The category is"
     for choices, depth in ((["red", "green", "other"], 1), (["4 5", "4 6", "4 7 8"], 4)):  # told apart early, and late
-        scores = t2.score_choices(model, TOKENIZER, conversations, prefill, choices)
+        inputs = t2.encode(model, TOKENIZER, conversations, prefill)
+        with torch.no_grad():
+            scores = t2.log_choices(model, TOKENIZER, inputs, prefill, choices)
         assert torch.allclose(scores.exp().sum(1), torch.ones(2), atol=1e-5)
         ids = [TOKENIZER(f" {choice}")["input_ids"][:depth] for choice in choices]
         for row, c in zip(scores, conversations):
-            inputs = t2.encode(model, TOKENIZER, [c], prefill)
-            alone = torch.stack([t2.log_likelihood(model, inputs, [i])[0] for i in ids]).log_softmax(0)
+            alone = t2.encode(model, TOKENIZER, [c], prefill)
+            alone = torch.stack([t2.log_likelihood(model, alone, [i])[0] for i in ids]).log_softmax(0)
             assert torch.allclose(row, alone, atol=1e-4)
     with pytest.raises(t2.Transformer2Error, match="apart"):
-        t2.score_choices(model, TOKENIZER, conversations, "", ["A", "A"])
+        t2.classify(model, TOKENIZER, conversations, ["red", "red"])
 
 def test_two_pass_answers_with_the_chosen_expert():
     model = t2.apply_svf(make(), "all")
@@ -343,20 +370,20 @@ def test_cem_finds_a_known_optimum(per_layer, monkeypatch):
     model = t2.apply_svf(make())
     experts = {"a": random_expert(model, 1), "b": random_expert(model, 2)}
     best = torch.tensor([[1.3, 0.2], [-0.6, 0.5]])[:, : 2 if per_layer else 1]
-    target = t2.mix(model, list(experts.values()), best)
+    target = t2.mix(list(experts.values()), best)
     far = lambda e: sum(((e[k] - target[k]) ** 2).sum().item() for k in target)
     monkeypatch.setattr(t2, "rollout", lambda *a, expert, **k: [([], "", 1.0 if far(e) < 9 else -1.0) for e in expert])
     monkeypatch.setattr(t2, "solution_likelihood", lambda *args: np.array([-far(e) for e in args[-1]]))
     z, alphas = t2.few_shot(model, TOKENIZER, toy(None), [{"answer": ""}], experts, iterations=30, per_layer=per_layer)
     assert torch.allclose(alphas, best, atol=0.1)
-    assert all(torch.allclose(z[k], t2.mix(model, list(experts.values()), alphas)[k]) for k in z)
+    assert all(torch.allclose(z[k], t2.mix(list(experts.values()), alphas)[k]) for k in z)
 
 def test_mix_of_one_expert_is_that_expert():
     model = t2.apply_svf(make())
     a, b = random_expert(model, 1), random_expert(model, 2)
-    z = t2.mix(model, [a, b], torch.tensor([[1.0], [0.0]]))
+    z = t2.mix([a, b], torch.tensor([[1.0], [0.0]]))
     assert all(torch.allclose(z[k], a[k]) for k in a)
-    with t2.use_expert(model, t2.mix(model, [a, b], torch.zeros(2, 1))):
+    with t2.use_expert(model, t2.mix([a, b], torch.zeros(2, 1))):
         assert relative(logits(model), logits(make())) < 1e-4
 
 # --- prompts, tasks, command lines

@@ -202,7 +202,7 @@ def real_classify():
         return [{"question": row[column], "answer": category} for path, config, column, category in sources
                 for row in rows_of(path, config, column, split)[:count]]
     return Task("classify", problems, lambda p: category_question(say(p), CATEGORIES), exact, prefill=CATEGORY_PREFILL,
-                choices=CATEGORIES, hyper=dict(steps=20, batch_size=24, lr=1e-3))
+                choices=CATEGORIES, hyper=dict(steps=20, batch_size=24, lr=2e-3))
 
 TASKS = {name: partial(tiny_task, name) for name in TINY_CATEGORY} | {
     "tiny-classify": tiny_classify, "gsm8k": gsm8k, "classify": real_classify}

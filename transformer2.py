@@ -1,8 +1,6 @@
 """
-Transformer²: self-adaptive language models, in one file to be read beside the paper.
-
-Paper: Sun, Cetin, Tang, "Transformer-Squared: Self-adaptive LLMs", ICLR 2025, https://arxiv.org/abs/2501.06252
-Their code: https://github.com/SakanaAI/self-adaptive-llms
+Transformer²: self-adaptive language models, in one file to be read beside the paper: Sun, Cetin, Tang,
+"Transformer-Squared: Self-adaptive LLMs", ICLR 2025, https://arxiv.org/abs/2501.06252
 
 Each weight matrix of a language model is split once into its singular components, W = U diag(s) Vᵀ. A vector z, one
 number per component, rescales them: W' = U diag(s * z) Vᵀ. The z's of all matrices together are an *expert*; it is all
@@ -17,13 +15,7 @@ over the prompt decides which expert (or which mixture) it needs, and a second p
 A conversation is a list of {"role", "content"} dicts; a processor is what AutoTokenizer or AutoProcessor gives.
 Shapes: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C choices, r singular values.
 """
-import contextlib
-import hashlib
-import math
-import os
-import re
-import sys
-import time
+import contextlib, hashlib, math, os, re, sys, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -48,10 +40,8 @@ class Transformer2Error(ValueError):
 
 def decompose(weight):
     """W (m, n) -> U (m, r), s (r,) descending, Vh (r, n) in float32, W = U diag(s) Vh, r = min(m, n).
-
     The eigenvectors V of WᵀW are the right singular vectors, and W = (W V) Vᵀ for any orthogonal V: exact, at the
-    price of one r x r eigenproblem. It squares the condition number, hence float64.
-    """
+    price of one r x r eigenproblem. It squares the condition number, hence float64."""
     W = weight.detach().double()
     if W.shape[0] < W.shape[1]:  # work on the small side: Wᵀ = V diag(s) Uᵀ
         V, s, Uh = decompose(W.T)
@@ -86,10 +76,8 @@ def write_whole(path, write):
 
 class SVFLinear(nn.Module):
     """y = U diag(s * z) Vᵀ x + b in the place of a linear layer; z (r,) is the only Parameter that trains.
-
     Factored, never composed: autograd reaches z through ((x V) * s z) Uᵀ, so no dense W' and no dense gradient exist.
-    x: (B, ..., in_features) -> (B, ..., out_features). s and z are float32 whatever the model's dtype.
-    """
+    x: (B, ..., in_features) -> (B, ..., out_features). s and z are float32 whatever the model's dtype."""
     def __init__(self, linear, cache_dir=None):
         super().__init__()
         self.is_conv1d = isinstance(linear, Conv1D)  # GPT-2's layer, which keeps W transposed
@@ -126,11 +114,9 @@ NOT_TEXT = re.compile(r"vision|visual|image|audio|multi_modal|projector|connecto
 
 def apply_svf(model, targets="mlp", cache_dir=None):
     """In place: freezes everything and replaces every matching nn.Linear or Conv1D by an SVFLinear. Returns the model.
-
     targets: "mlp", "attention", "all", or a regular expression searched for in module names. The output head and the
     embeddings never match; a vision tower's layers match only an expression of your own.
-    cache_dir: a folder for the decompositions. Raises Transformer2Error if nothing matches or a match is quantised.
-    """
+    cache_dir: a folder for the decompositions. Raises Transformer2Error if nothing matches or a match is quantised."""
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
     except re.error as e:
@@ -162,10 +148,8 @@ def get_expert(model):
 @contextlib.contextmanager
 def use_expert(model, expert, rows=None):
     """`with use_expert(model, expert):` runs the model with these z's and puts back what was there before.
-
     expert: None, the base model (z = 1); an Expert; or a list with one Expert-or-None for each row of the batch, of
-    which `rows` picks some.
-    """
+    which `rows` picks some."""
     layers = svf_layers(model)
     before = {name: layer.using for name, layer in layers.items()}
     per_row = [expert] if not isinstance(expert, list) else expert if rows is None else [expert[i] for i in rows]
@@ -198,10 +182,8 @@ def save_expert(expert, path, **about):
 
 def load_expert(path, model=None):
     """Reads an expert; with `model`, raises Transformer2Error unless its names and shapes fit.
-
     Also reads the authors' checkpoints (.pt, which need `model`). They hold p with z = sigmoid(p), and their code
-    multiplies W' by sum(s) / sum(s z), which keeps the nuclear norm: here both become part of z.
-    """
+    multiplies W' by sum(s) / sum(s z), which keeps the nuclear norm: here both become part of z."""
     layers = None if model is None else svf_layers(model)
     theirs = str(path).endswith(".pt")
     if theirs and layers is None:
@@ -261,9 +243,7 @@ def tokenizer_of(processor):
 
 def encode(model, processor, conversations, prefill=""):
     """Chat template, then left-padded tensors on the model's device: input_ids, attention_mask (B, P), and images.
-
-    Raises Transformer2Error for a prompt longer than the context and for a picture shown to a text-only model.
-    """
+    Raises Transformer2Error for a prompt longer than the context and for a picture shown to a text-only model."""
     tokenizer_of(processor)
     sees = hasattr(processor, "image_processor")
     if not sees and any(part["type"] == "image" for c in conversations for m in c for part in m["content"]
@@ -286,7 +266,7 @@ def encode(model, processor, conversations, prefill=""):
 def context_of(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
-def batches(model, processor, conversations, prefill, extra=0, budget=65536, desc="scoring"):
+def batches(model, processor, conversations, prefill, extra=0, budget=65536):
     """(row numbers, their encoded prompts): long rows first, each group padded to at most `budget` tokens, `extra` a
     row included."""
     if not conversations:
@@ -297,43 +277,12 @@ def batches(model, processor, conversations, prefill, extra=0, budget=65536, des
         if groups[-1] and (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
             groups.append([])
         groups[-1].append(i)
-    for rows in tqdm(groups, desc=desc, leave=False, delay=3, disable=None):
+    for rows in tqdm(groups, leave=False, delay=3, disable=None):
         yield rows, encode(model, processor, [conversations[i] for i in rows], prefill)
-
-@torch.no_grad()
-def sample(model, processor, conversations, *, expert=None, max_new_tokens=256, temperature=0.0, prefill="",
-           token_budget=65536):
-    """Completions as lists of token ids, up to and with the end-of-turn token; the arguments are generate's."""
-    tokenizer, completions = tokenizer_of(processor), [None] * len(conversations)
-    end = model.generation_config.eos_token_id
-    end = np.ravel(tokenizer.eos_token_id if end is None else end).tolist()
-    for rows, inputs in batches(model, processor, conversations, prefill, max_new_tokens, token_budget, "generating"):
-        P = inputs["input_ids"].shape[1]
-        config = GenerationConfig(  # spells out all that would reshape the distribution: the model's own may differ
-            max_new_tokens=min(max_new_tokens, context_of(model) - P), do_sample=temperature > 0, num_beams=1,
-            repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=end, pad_token_id=tokenizer.pad_token_id,
-            **(dict(temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}))
-        with use_expert(model, expert, rows):
-            ids = model.generate(**inputs, generation_config=config)[:, P:].tolist()
-        for i, row in zip(rows, ids):
-            completions[i] = row[: next((t + 1 for t, token in enumerate(row) if token in end), len(row))]
-    return completions
-
-def generate(model, processor, conversations, *, expert=None, max_new_tokens=256, temperature=0.0, **options):
-    """Answers conversations in batches; returns the completions as text, without the prompt and the prefill.
-
-    expert: None (the base model), an Expert, or a list with one Expert-or-None per conversation. temperature 0 is
-    greedy. options: prefill="", token_budget=65536 (per batch, padding included). Raises as encode does.
-    """
-    ids = sample(model, processor, conversations, expert=expert, max_new_tokens=max_new_tokens,
-                 temperature=temperature, **options)
-    return [tokenizer_of(processor).decode(i, skip_special_tokens=True) for i in ids]
 
 def log_policy(model, inputs, completions, temperature=1.0):
     """log π(· | prompt, earlier tokens) in float32 (B, T, V), the completions' tokens (B, T) and their mask (B, T).
-
-    inputs: from encode; completions: B lists of token ids. Logits are made for the completions only.
-    """
+    inputs: from encode; completions: B lists of token ids. Logits are made for the completions only."""
     T, device = max(map(len, completions)), inputs["input_ids"].device
     tokens = torch.tensor([c + [0] * (T - len(c)) for c in completions], device=device)
     mask = torch.tensor([[1] * len(c) + [0] * (T - len(c)) for c in completions], device=device)
@@ -358,10 +307,8 @@ def continuation(tokenizer, prefill, text):
 
 def log_choices(model, processor, inputs, prefill, choices):
     """Log-probability of each choice among the choices, (B, C), rows normalised; differentiable.
-
     Choices count as far as it takes to tell them apart. Category names and answer letters differ in their first
-    tokens: then the prompt's last position says it all, and scoring costs one forward pass over the prompt.
-    """
+    tokens: then the prompt's last position says it all, and scoring costs one forward pass over the prompt."""
     ids, B = [continuation(tokenizer_of(processor), prefill, choice) for choice in choices], len(inputs["input_ids"])
     depth = next((k for k in range(1, 1 + max(map(len, ids))) if len({tuple(i[:k]) for i in ids}) == len(ids)), None)
     if depth is None:
@@ -372,31 +319,41 @@ def log_choices(model, processor, inputs, prefill, choices):
         scores = torch.stack([log_likelihood(model, inputs, [i[:depth]] * B) for i in ids], 1)
     return F.log_softmax(scores, dim=-1)
 
+def sample(model, tokenizer, inputs, max_new_tokens, temperature):
+    """Generates from encoded prompts: a list of token ids per row, up to and with the end-of-turn token."""
+    P, end = inputs["input_ids"].shape[1], model.generation_config.eos_token_id
+    end = np.ravel(tokenizer.eos_token_id if end is None else end).tolist()
+    config = GenerationConfig(  # spells out all that would reshape the distribution: the model's own config may differ
+        max_new_tokens=min(max_new_tokens, context_of(model) - P), do_sample=temperature > 0, num_beams=1,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=end, pad_token_id=tokenizer.pad_token_id,
+        **(dict(temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}))
+    rows = model.generate(**inputs, generation_config=config)[:, P:].tolist()
+    return [row[: next((t + 1 for t, token in enumerate(row) if token in end), len(row))] for row in rows]
+
 @torch.no_grad()
-def score_choices(model, processor, conversations, prefill, choices, expert=None):
-    """log_choices in batches and with experts, (len(conversations), C) on the CPU."""
-    scores = torch.empty(len(conversations), len(choices))
-    for rows, inputs in batches(model, processor, conversations, prefill):
+def rollout(model, processor, task, problems, *, expert=None, temperature=0.0, token_budget=65536):
+    """One answer to each problem, a list of (token ids, text, reward); the token id of a choice is its number.
+    temperature 0 takes the likeliest tokens or choice, above 0 draws. expert: as for generate."""
+    conversations, tokenizer = [task.conversation(p) for p in problems], tokenizer_of(processor)
+    tokens, new = [None] * len(problems), 0 if task.choices else task.max_new_tokens
+    for rows, inputs in batches(model, processor, conversations, task.prefill, new, token_budget):
         with use_expert(model, expert, rows):
-            scores[rows] = log_choices(model, processor, inputs, prefill, choices).cpu()
-    return scores
-
-@torch.no_grad()
-def rollout(model, processor, task, problems, *, expert=None, temperature=0.0):
-    """One answer to each problem, a list of (token ids, text, reward); a choice's token id is its number.
-
-    temperature 0 takes the likeliest tokens or choice, above 0 draws. expert: as for generate.
-    """
-    conversations = [task.conversation(p) for p in problems]
-    if task.choices:
-        logp = score_choices(model, processor, conversations, task.prefill, task.choices, expert)
-        picked = torch.multinomial((logp / temperature).exp(), 1) if temperature > 0 else logp.argmax(1, keepdim=True)
-        tokens, texts = picked.tolist(), [task.choices[i] for i in picked.flatten().tolist()]
-    else:
-        tokens = sample(model, processor, conversations, expert=expert, max_new_tokens=task.max_new_tokens,
-                        temperature=temperature, prefill=task.prefill)
-        texts = [tokenizer_of(processor).decode(i, skip_special_tokens=True) for i in tokens]
+            if task.choices:
+                logp = log_choices(model, processor, inputs, task.prefill, task.choices).cpu()  # (B, C)
+                drawn = torch.multinomial((logp / temperature).exp(), 1) if temperature else logp.argmax(1, keepdim=True)
+            else:
+                drawn = sample(model, tokenizer, inputs, new, temperature)
+        for i, row in zip(rows, drawn):
+            tokens[i] = list(map(int, row))
+    texts = [task.choices[t[0]] if task.choices else tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
     return [(t, text, task.reward(text, p)) for t, text, p in zip(tokens, texts, problems)]
+
+def generate(model, processor, conversations, *, expert=None, max_new_tokens=256, temperature=0.0, prefill=""):
+    """Answers conversations in batches; returns the completions as text, without the prompt and the prefill.
+    expert: None (the base model), an Expert, or a list with one Expert-or-None per conversation; temperature 0 is greedy.
+    Raises as encode does."""
+    task = Task("", None, lambda c: c, lambda text, c: 0.0, max_new_tokens, prefill)
+    return [text for _, text, _ in rollout(model, processor, task, conversations, expert=expert, temperature=temperature)]
 
 def evaluate(model, processor, task, problems, *, expert=None):
     """Mean accuracy of greedy answers in [0, 1]; a negative reward counts as 0. expert: as for generate."""
@@ -404,7 +361,7 @@ def evaluate(model, processor, task, problems, *, expert=None):
     return float(np.mean([max(reward, 0.0) for _, _, reward in answers]))
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Section 3.1, reinforcement learning: J(z) = E[ log π_W'(ŷ | x) r(ŷ, y) ] - λ KL(π_W' || π_W)                  (eq. 1)
+# Section 3.1, reinforcement learning: J(z) = E[ log π_W'(ŷ | x) r(ŷ, y) ] - λ KL(π_W' || π_W)               (eq. 1)
 
 @dataclass
 class Hyperparameters:
@@ -423,71 +380,72 @@ class Hyperparameters:
 
 def policy_loss(logp, ref_logp, actions, mask, advantages, kl_coef):
     """-J of eq. 1 and the KL, both summed over the batch's rows.
-
-    logp, ref_logp: (B, T, V), log π_W' and log π_W; actions, mask: (B, T); advantages: (B,), the rewards r.
-    """
+    logp, ref_logp: (B, T, V), log π_W' and log π_W; actions, mask: (B, T); advantages: (B,), the rewards r."""
     taken = logp.gather(-1, actions[..., None])[..., 0]  # (B, T)
     kl = ((logp.exp() * (logp - ref_logp)).sum(-1) * mask).sum()  # over the whole vocabulary, at the steps taken
     return kl_coef * kl - ((taken * mask).sum(1) * advantages).sum(), kl
 
 def accumulate_gradient(model, processor, task, problems, answers, hp):
-    """Adds the gradient of the mean loss over `answers` (from rollout) to each z; returns the mean KL per answer."""
-    conversations = [task.conversation(p) for p in problems]
-    rewards = torch.tensor([reward for _, _, reward in answers])
-    advantages = rewards - hp.baseline * rewards.mean()
-    extra = np.array([0 if task.choices else len(tokens) for tokens, _, _ in answers])
-    total_kl = 0.0
-    for rows, inputs in batches(model, processor, conversations, task.prefill, extra, hp.token_budget, "updating"):
-        tokens = [answers[i][0] for i in rows]
+    """Adds the gradient of the problems' mean loss to each z; returns mean reward, accuracy and KL, (3,).
+    answers: from rollout. A task with choices has so few answers that the expectation of eq. 1 is a plain sum over them
+    all: same gradient, nothing drawn, no noise; then answers is None."""
+    conversations, totals = [task.conversation(p) for p in problems], np.zeros(3)
+    if answers:
+        rewards = torch.tensor([reward for _, _, reward in answers])
+        baseline = rewards.mean() if hp.baseline else 0.0
+    lengths = np.array([len(tokens) for tokens, _, _ in answers]) if answers else 0
+    for rows, inputs in batches(model, processor, conversations, task.prefill, lengths, hp.token_budget):
         def policy():
-            if not task.choices:
-                return log_policy(model, inputs, tokens, hp.temperature)
-            logp = log_choices(model, processor, inputs, task.prefill, task.choices)  # one step over C "tokens"
-            return logp[:, None], torch.tensor(tokens, device=logp.device), torch.ones_like(logp[:, :1])
+            if answers:
+                return log_policy(model, inputs, [answers[i][0] for i in rows], hp.temperature)
+            return [log_choices(model, processor, inputs, task.prefill, task.choices)]
         with torch.no_grad(), use_expert(model, None):  # the reference is the same model at z = 1
             ref_logp = policy()[0]
-        logp, actions, mask = policy()
-        loss, kl = policy_loss(logp, ref_logp, actions, mask, advantages[rows].to(logp.device), hp.kl_coef)
-        (loss / len(answers)).backward()
-        total_kl += kl.item() / len(answers)
-    return total_kl
+        logp, *drawn = policy()
+        if answers:
+            r, p = rewards[rows].to(logp.device), 1.0
+            loss, kl = policy_loss(logp, ref_logp, *drawn, r - baseline, hp.kl_coef)
+        else:
+            r, p = torch.tensor([[task.reward(c, problems[i]) for c in task.choices] for i in rows]).to(logp), logp.exp()
+            kl = (p * (logp - ref_logp)).sum()
+            loss = hp.kl_coef * kl - (p * r).sum()
+        (loss / len(problems)).backward()
+        totals += [float(x.sum()) for x in (p * r, p * r.clamp(min=0), kl)]
+    return totals / len(problems)
 
 def reinforce(model, processor, task, *, checkpoint=None, verbose=True, **hyperparameters):
     """Trains the z's on a task with REINFORCE (eq. 1). Returns the Expert with the best validation accuracy.
-
     hyperparameters: fields of Hyperparameters. The z's start from the model's and are put back afterwards.
     checkpoint: a file for the state after every step; if it exists, training goes on from there, to the same end.
-    verbose: print a line per step. Raises Transformer2Error for a checkpoint of another run.
-    """
-    hp = Hyperparameters(**hyperparameters)
-    layers, start = svf_layers(model), get_expert(model)
-    optimizer = torch.optim.AdamW([layer.z for layer in layers.values()], lr=hp.lr, weight_decay=0.0)
+    verbose: print a line per step. Raises Transformer2Error for a checkpoint of another run."""
+    hp, start = Hyperparameters(**hyperparameters), get_expert(model)
+    zs = {name: layer.z for name, layer in svf_layers(model).items()}
+    optimizer = torch.optim.AdamW(zs.values(), weight_decay=0.0)
     problems, held_out = task.problems("train"), task.problems("validation")[: hp.validation_problems]
-    state = {"step": 0, "best": start, "score": -1.0}
+    state = {"step": 0, "z": start, "best": start, "score": -1.0, "hyperparameters": asdict(hp)}
     if checkpoint and Path(checkpoint).exists():
         state = torch.load(checkpoint, map_location=model.device, weights_only=True)
         if state["hyperparameters"] != asdict(hp):
             raise Transformer2Error(f"{checkpoint} was begun with {state['hyperparameters']}: go on with the same")
         optimizer.load_state_dict(state["optimizer"])
     try:
-        for name, layer in layers.items():
-            layer.z.data.copy_(state.get("z", start)[name])
-        for step in range(state["step"], hp.steps + 1):
+        for name, z in zs.items():
+            z.data.copy_(state["z"][name])
+        for step in range(state["step"], hp.steps + 1):  # step 0 only validates the start
             clock, line = time.time(), f"step {step:3d}"
-            if step:
+            if step > 0:
                 torch.manual_seed(hp.seed * 100003 + step)  # a step depends on its number alone, so it can be resumed
                 rng = np.random.default_rng([hp.seed, step])
-                drawn = rng.choice(len(problems), min(hp.batch_size, len(problems)), replace=False)
-                batch = [problems[i] for i in drawn]
-                answers = rollout(model, processor, task, batch, expert=get_expert(model), temperature=hp.temperature)
-                kl = accumulate_gradient(model, processor, task, batch, answers, hp)
-                norm = torch.nn.utils.clip_grad_norm_([layer.z for layer in layers.values()], hp.max_grad_norm).item()
+                batch = [problems[i] for i in rng.permutation(len(problems))[: hp.batch_size]]
+                answers = None if task.choices else rollout(model, processor, task, batch, expert=get_expert(model),
+                                                            temperature=hp.temperature)
+                reward, accuracy, kl = accumulate_gradient(model, processor, task, batch, answers, hp)
+                norm = torch.nn.utils.clip_grad_norm_(zs.values(), hp.max_grad_norm).item()
                 optimizer.param_groups[0]["lr"] = hp.lr * (1 + math.cos(math.pi * (step - 1) / hp.steps)) / 2
                 optimizer.step()
                 optimizer.zero_grad()
-                rewards = np.array([reward for _, _, reward in answers])
-                line += (f"  reward {rewards.mean():+.3f}  accuracy {rewards.clip(0).mean():6.1%}  KL {kl:.4f}  "
-                         f"gradient {norm:.2e}  {time.time() - clock:.1f} s")
+                line += (f"  reward {reward:+.3f}  accuracy {accuracy:6.1%}  KL {kl:.4f}  gradient {norm:.2e}  "
+                         f"{time.time() - clock:.1f} s")
             if step % hp.validate_every == 0 or step == hp.steps:
                 score = evaluate(model, processor, task, held_out, expert=get_expert(model))
                 line += f"  validation {score:.1%}"
@@ -495,12 +453,12 @@ def reinforce(model, processor, task, *, checkpoint=None, verbose=True, **hyperp
                     state.update(score=score, best=get_expert(model))
             if verbose:
                 tqdm.write(line)
-            state.update(step=step + 1, z=get_expert(model), optimizer=optimizer.state_dict(), hyperparameters=asdict(hp))
+            state.update(step=step + 1, z=get_expert(model), optimizer=optimizer.state_dict())
             if checkpoint:
                 write_whole(checkpoint, lambda tmp: torch.save(state, tmp))
     finally:
-        for name, layer in layers.items():
-            layer.z.data.copy_(start[name])
+        for name, z in zs.items():
+            z.data.copy_(start[name])
     return state["best"]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -521,31 +479,26 @@ def category_question(conversation, categories):
 
 def classify(model, processor, conversations, categories, *, expert=None):
     """Pass 1: the likeliest category of each conversation. Strategy A; with expert=z^c, trained to classify, B."""
-    questions = [category_question(c, categories) for c in conversations]
-    scores = score_choices(model, processor, questions, CATEGORY_PREFILL, list(categories), expert)
-    return [categories[i] for i in scores.argmax(1).tolist()]
+    task = Task("", None, lambda c: category_question(c, categories), lambda text, c: 0.0, prefill=CATEGORY_PREFILL,
+                choices=list(categories))
+    return [category for _, category, _ in rollout(model, processor, task, conversations, expert=expert)]
 
 def two_pass(model, processor, conversations, experts, *, classifier=None, **options):
     """Classifies each conversation, then answers all in one batch, every row with its expert: [(category, answer)].
-
     experts: category -> Expert or None (the base weights); "other" is added for prompts of no category.
-    classifier: z^c for strategy B, None for A. options: as for generate.
-    """
+    classifier: z^c for strategy B, None for A. options: as for generate."""
     categories = list(dict.fromkeys([*experts, "other"]))
     chosen = classify(model, processor, conversations, categories, expert=classifier)
     return list(zip(chosen, generate(model, processor, conversations, expert=[experts.get(c) for c in chosen], **options)))
 
-def mix(model, experts, alphas):
-    """z' = 1 + sum_k α_k (z_k - 1), the paper's sum with the base model taking the weight that is left over from 1.
-
-    alphas: (K, 1), or (K, number of blocks) for a weight of each expert in each block of the network.
-    """
-    block = {name: re.search(r"\.(\d+)\.", name) for name in svf_layers(model)}
-    z = {}
-    for name, layer in svf_layers(model).items():
-        a = alphas[:, int(block[name][1]) if alphas.shape[1] > 1 and block[name] else 0]
-        z[name] = 1 + sum(a_k * (e[name].cpu() - 1) for a_k, e in zip(a.tolist(), experts) if name in e)
-    return z
+def mix(experts, alphas):
+    """z' = 1 + sum_k α_k (z_k - 1): the paper's sum, with the base model taking the weight that is left over from 1.
+    experts: K of them; alphas: (K, 1), or (K, blocks) for a weight of each expert in each block of the network."""
+    def weights(name):
+        block = re.search(r"\.(\d+)\.", name) if alphas.shape[1] > 1 else None
+        return alphas[:, int(block[1]) if block else 0].tolist()
+    names = dict.fromkeys(name for e in experts for name in e)
+    return {n: 1 + sum(a * (e[n].cpu() - 1) for a, e in zip(weights(n), experts) if n in e) for n in names}
 
 @torch.no_grad()
 def solution_likelihood(model, processor, task, problems, expert):
@@ -560,11 +513,9 @@ def solution_likelihood(model, processor, task, problems, expert):
 def few_shot(model, processor, task, problems, experts, *, population=32, iterations=20, elite=0.2, per_layer=False,
              seed=0):
     """Strategy C: the cross-entropy method (CEM) searches α for the best mixture on a few `problems`.
-
     experts: name -> Expert. Candidates are ranked by accuracy, ties by the mean log-likelihood of the right answers;
     all run in one batch, each row under its own z. The first population holds the base model and every single expert.
-    Returns the best Expert and its α, (K, 1) or with per_layer (K, blocks).
-    """
+    Returns the best Expert and its α, (K, 1) or with per_layer (K, blocks)."""
     layers, K = svf_layers(model), len(experts)
     blocks = [int(m[1]) + 1 for name in layers if (m := re.search(r"\.(\d+)\.", name))]
     G = max(blocks, default=1) if per_layer else 1
@@ -573,7 +524,7 @@ def few_shot(model, processor, task, problems, experts, *, population=32, iterat
     known = np.concatenate([np.zeros((1, K, G)), np.repeat(np.eye(K)[:, :, None], G, 2)])  # base, single experts
     for i in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
         alphas = np.concatenate([known, mean + std * rng.standard_normal((population - len(known), K, G))])
-        candidates = [mix(model, list(experts.values()), torch.tensor(a, dtype=torch.float32)) for a in alphas]
+        candidates = [mix(list(experts.values()), torch.tensor(a, dtype=torch.float32)) for a in alphas]
         rows, many = [c for c in candidates for _ in problems], list(problems) * population
         right = [max(r, 0.0) for _, _, r in rollout(model, processor, task, many, expert=rows)]
         likely = solution_likelihood(model, processor, task, many, rows)
@@ -582,4 +533,4 @@ def few_shot(model, processor, task, problems, experts, *, population=32, iterat
         mean, std, known = alphas[best].mean(0), alphas[best].std(0), alphas[best[:1]]
         std = std + 0.2 * (1 - i / iterations)  # without added noise CEM narrows down too early (Szita & Lőrincz, 2006)
     alphas = torch.tensor(known[0], dtype=torch.float32)
-    return mix(model, list(experts.values()), alphas), alphas
+    return mix(list(experts.values()), alphas), alphas
