@@ -192,7 +192,7 @@ def gsm8k():
                 1.0 if numeric_answer(completion) == numeric_answer(problem["answer"]) else -1.0,
                 max_new_tokens=512, category="math")
 
-CATEGORIES = ["code", "math", "reasoning", "other"]  # the paper's; no training question is "other"
+CATEGORIES = ["reasoning", "math", "code", "other"]  # the paper's; no training question is "other"
 
 def real_classify():
     sources = [("openai/gsm8k", "main", "question", "math"), ("google-research-datasets/mbpp", "full", "text", "code"),
@@ -202,7 +202,7 @@ def real_classify():
         return [{"question": row[column], "answer": category} for path, config, column, category in sources
                 for row in rows_of(path, config, column, split)[:count]]
     return Task("classify", problems, lambda p: category_question(say(p), CATEGORIES), exact, prefill=CATEGORY_PREFILL,
-                choices=CATEGORIES, hyper=dict(steps=20, batch_size=24, lr=2e-3))
+                choices=CATEGORIES, hyper=dict(steps=20, batch_size=24, lr=4e-3))
 
 TASKS = {name: partial(tiny_task, name) for name in TINY_CATEGORY} | {
     "tiny-classify": tiny_classify, "gsm8k": gsm8k, "classify": real_classify}

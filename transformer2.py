@@ -15,7 +15,7 @@ over the prompt decides which expert (or which mixture) it needs, and a second p
 A conversation is a list of {"role", "content"} dicts; a processor is what AutoTokenizer or AutoProcessor gives.
 Shapes: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C choices, r singular values.
 """
-import contextlib, hashlib, math, os, re, sys, time
+import contextlib, hashlib, inspect, math, os, re, sys, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -23,7 +23,6 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -35,8 +34,7 @@ Expert = dict[str, torch.Tensor]  # layer name -> z (r,), r = min(out_features, 
 class Transformer2Error(ValueError):
     """Something the caller can put right; the message is one sentence that says what and how."""
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Section 3.1, singular value fine-tuning: W' = U diag(s * z) Vᵀ
+# ---- Section 3.1, singular value fine-tuning: W' = U diag(s * z) Vᵀ ----
 
 def decompose(weight):
     """W (m, n) -> U (m, r), s (r,) descending, Vh (r, n) in float32, W = U diag(s) Vh, r = min(m, n).
@@ -57,7 +55,7 @@ def decompose_cached(weight, cache_dir):
         return decompose(weight)
     content = hashlib.sha256(weight.detach().contiguous().cpu().view(torch.uint8).numpy()).hexdigest()[:24]
     path = Path(cache_dir) / f"{content}-{weight.dtype}-{len(weight)}.safetensors"
-    with contextlib.suppress(SafetensorError, FileNotFoundError):  # a damaged file is made again
+    with contextlib.suppress(Exception):  # not there yet, or damaged: then it is made
         return tuple(load_file(path, device=str(weight.device))[part] for part in ("U", "s", "Vh"))
     factors = decompose(weight)
     write_whole(path, lambda tmp: save_file(dict(zip(("U", "s", "Vh"), factors)), tmp))
@@ -103,8 +101,7 @@ class SVFLinear(nn.Module):
     def forward(self, x):
         scale = (self.s * self.current).to(x.dtype)
         if scale.dim() == 3 and (x.dim() != 3 or len(x) != len(scale)):
-            raise Transformer2Error(f"{len(scale)} rows have experts of their own, but this model's layers see shape "
-                                    f"{tuple(x.shape)}: use one expert for the whole batch")
+            raise Transformer2Error("this model's layers do not see rows apart: use one expert for the whole batch")
         return F.linear(F.linear(x, self.Vh) * scale, self.U, self.bias)
 
 TARGETS = {"mlp": r"(^|\.)(mlp|ffn|feed_forward|fc1|fc2|fc_in|fc_out)(\.|$)",
@@ -126,12 +123,10 @@ def apply_svf(model, targets="mlp", cache_dir=None):
     found = {name: m for name, m in linears.items()
              if pattern.search(name) and (targets not in TARGETS or not NOT_TEXT.search(name))}
     if not found:
-        example = next((name for name in linears if re.search(r"\.\d+\.", name)), "none")
         raise Transformer2Error(f"targets {targets!r} match no linear layer of this {type(model).__name__}: use "
-                                f"{', '.join(TARGETS)} or a regular expression over names like {example}")
-    for name, linear in found.items():
-        if linear.weight.dim() != 2 or not linear.weight.is_floating_point():
-            raise Transformer2Error(f"layer {name} is quantised: load the model in bfloat16 or float32")
+                                f"{', '.join(TARGETS)} or a regular expression over names like {[*linears, 'none'][0]}")
+    if not all(m.weight.dim() == 2 and m.weight.is_floating_point() for m in found.values()):
+        raise Transformer2Error("this model's layers are quantised: load it in bfloat16 or float32")
     model.requires_grad_(False)
     for name, linear in tqdm(found.items(), desc="decomposing", leave=False, delay=2, disable=None):
         model.set_submodule(name, SVFLinear(linear, cache_dir))
@@ -172,8 +167,7 @@ def check_expert(expert, layers, what):
     for name, z in expert.items():
         have = tuple(layers[name].s.shape) if name in layers else "no such SVF layer"
         if have != tuple(z.shape):
-            raise Transformer2Error(f"{what} is for another model or other targets: it has {tuple(z.shape)} for layer "
-                                    f"{name}, this model has {have}")
+            raise Transformer2Error(f"{what} is for another model or other targets: {name} is {tuple(z.shape)}, not {have}")
 
 def save_expert(expert, path, **about):
     """Writes a safetensors file (float32), whole or not at all; `about` goes into its header as text."""
@@ -187,7 +181,7 @@ def load_expert(path, model=None):
     layers = None if model is None else svf_layers(model)
     theirs = str(path).endswith(".pt")
     if theirs and layers is None:
-        raise Transformer2Error(f"{path}: what the authors' checkpoints mean depends on the model, give load_expert one")
+        raise Transformer2Error(f"{path} is of the authors' code, where z depends on the model: give load_expert one")
     try:
         expert = torch.load(path, map_location="cpu", weights_only=True) if theirs else load_file(path)
     except Exception as e:  # a damaged file raises many kinds
@@ -211,8 +205,7 @@ def merge_svf(model):
         model.set_submodule(name, linear)
     return model
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts in; text, or probabilities, out
+# ---- Prompts in; text, or probabilities, out ----
 
 @dataclass
 class Task:
@@ -246,29 +239,25 @@ def encode(model, processor, conversations, prefill=""):
     Raises Transformer2Error for a prompt longer than the context and for a picture shown to a text-only model."""
     tokenizer_of(processor)
     sees = hasattr(processor, "image_processor")
-    if not sees and any(part["type"] == "image" for c in conversations for m in c for part in m["content"]
-                        if isinstance(part, dict)):
-        raise Transformer2Error("a conversation has a picture, but this model reads text only: take a vision-language "
-                                "model and its AutoProcessor")
     turns = [[*c, {"role": "assistant", "content": prefill}] if prefill else c for c in conversations]
+    if not sees and any(isinstance(part, dict) and part["type"] == "image" for c in turns for m in c for part in m["content"]):
+        raise Transformer2Error("a prompt has a picture, but the model reads only text: take a vision-language model")
     if sees:  # these templates want lists of parts
-        turns = [[{**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
-                  for m in c] for c in turns]
+        parts = lambda content: [{"type": "text", "text": content}] if isinstance(content, str) else content
+        turns = [[{**m, "content": parts(m["content"])} for m in c] for c in turns]
     inputs = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt", padding=True,
                                            add_generation_prompt=not prefill, continue_final_message=bool(prefill))
     if not sees:  # some text tokenizers add token_type_ids, which decoders refuse
         inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    if inputs["input_ids"].shape[1] >= context_of(model):
-        raise Transformer2Error(f"a prompt has {inputs['input_ids'].shape[1]} tokens and this model's context ends at "
-                                f"{context_of(model)}: shorten it")
+    if (P := inputs["input_ids"].shape[1]) >= context_of(model):
+        raise Transformer2Error(f"a prompt has {P} tokens, but this model's context ends at {context_of(model)}: shorten it")
     return {key: value.to(model.device) for key, value in inputs.items()}
 
 def context_of(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 def batches(model, processor, conversations, prefill, extra=0, budget=65536):
-    """(row numbers, their encoded prompts): long rows first, each group padded to at most `budget` tokens, `extra` a
-    row included."""
+    """(row numbers, encoded prompts) of groups of at most `budget` tokens, padding and `extra` per row counted."""
     if not conversations:
         return
     lengths = encode(model, processor, conversations, prefill)["attention_mask"].sum(1).cpu().numpy() + extra
@@ -289,9 +278,11 @@ def log_policy(model, inputs, completions, temperature=1.0):
     more = {"input_ids": tokens[:, :-1], "attention_mask": mask[:, :-1]}  # the last token is only predicted
     full = {key: torch.cat([value, more.get(key, torch.zeros_like(mask[:, :-1]))], 1)
             if value.shape == inputs["input_ids"].shape else value for key, value in inputs.items()}
+    options = {"logits_to_keep": T}
     if len(full) == 2:  # positions count from the first real token; with pictures the model has a rule of its own
-        full["position_ids"] = (full["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    logits = model(**full, logits_to_keep=T, use_cache=False).logits[:, -T:]
+        options["position_ids"] = (full["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    known = inspect.signature(model.forward).parameters  # a few architectures know neither
+    logits = model(**full, use_cache=False, **{k: v for k, v in options.items() if k in known}).logits[:, -T:]
     return F.log_softmax(logits.float() / temperature, dim=-1), tokens, mask
 
 def log_likelihood(model, inputs, completions):
@@ -333,7 +324,7 @@ def sample(model, tokenizer, inputs, max_new_tokens, temperature):
 @torch.no_grad()
 def rollout(model, processor, task, problems, *, expert=None, temperature=0.0, token_budget=65536):
     """One answer to each problem, a list of (token ids, text, reward); the token id of a choice is its number.
-    temperature 0 takes the likeliest tokens or choice, above 0 draws. expert: as for generate."""
+    temperature 0 takes the likeliest, above 0 draws. expert: as for generate."""
     conversations, tokenizer = [task.conversation(p) for p in problems], tokenizer_of(processor)
     tokens, new = [None] * len(problems), 0 if task.choices else task.max_new_tokens
     for rows, inputs in batches(model, processor, conversations, task.prefill, new, token_budget):
@@ -360,8 +351,7 @@ def evaluate(model, processor, task, problems, *, expert=None):
     answers = rollout(model, processor, task, problems, expert=expert)
     return float(np.mean([max(reward, 0.0) for _, _, reward in answers]))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Section 3.1, reinforcement learning: J(z) = E[ log π_W'(ŷ | x) r(ŷ, y) ] - λ KL(π_W' || π_W)               (eq. 1)
+# ---- Section 3.1, reinforcement learning: J(z) = E[ log π_W'(ŷ | x) r(ŷ, y) ] - λ KL(π_W' || π_W)  (eq. 1) ----
 
 @dataclass
 class Hyperparameters:
@@ -387,8 +377,8 @@ def policy_loss(logp, ref_logp, actions, mask, advantages, kl_coef):
 
 def accumulate_gradient(model, processor, task, problems, answers, hp):
     """Adds the gradient of the problems' mean loss to each z; returns mean reward, accuracy and KL, (3,).
-    answers: from rollout. A task with choices has so few answers that the expectation of eq. 1 is a plain sum over them
-    all: same gradient, nothing drawn, no noise; then answers is None."""
+    answers: from rollout; None for a task with choices, where the expectation of eq. 1 is a sum over so few answers that
+    it is taken exactly instead of drawing one."""
     conversations, totals = [task.conversation(p) for p in problems], np.zeros(3)
     if answers:
         rewards = torch.tensor([reward for _, _, reward in answers])
@@ -410,7 +400,7 @@ def accumulate_gradient(model, processor, task, problems, answers, hp):
             kl = (p * (logp - ref_logp)).sum()
             loss = hp.kl_coef * kl - (p * r).sum()
         (loss / len(problems)).backward()
-        totals += [float(x.sum()) for x in (p * r, p * r.clamp(min=0), kl)]
+        totals += [x.detach().sum().item() for x in (p * r, p * r.clamp(min=0), kl)]
     return totals / len(problems)
 
 def reinforce(model, processor, task, *, checkpoint=None, verbose=True, **hyperparameters):
@@ -461,8 +451,7 @@ def reinforce(model, processor, task, *, checkpoint=None, verbose=True, **hyperp
             z.data.copy_(start[name])
     return state["best"]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Section 3.2, self-adaptation: pass 1 decides on z', pass 2 answers with it
+# ---- Section 3.2, self-adaptation: pass 1 decides on z', pass 2 answers with it ----
 
 CATEGORY_PREFILL = "The category of this question is"
 CATEGORY_GUIDE = {"code": "asking for programming solutions", "math": "involving calculations", "other": "of any other kind",
