@@ -260,7 +260,7 @@ def guarded(main):
     except Transformer2Error as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("\nstopped; --resume goes on from the last step", file=sys.stderr) or 130)
+        sys.exit(print("\nstopped; train_expert.py goes on from the last step with --resume", file=sys.stderr) or 130)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

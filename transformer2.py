@@ -18,7 +18,6 @@ Shapes: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C
 import contextlib, hashlib, inspect, math, os, re, sys, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -188,12 +187,12 @@ def load_expert(path, model=None):
         raise Transformer2Error(f"cannot read the expert {path}: {type(e).__name__}, {e}".splitlines()[0])
     if theirs:  # learnable_params*.pt has names; policy_params*.pt numbers the MLP weights in the model's order
         mlps = [name for name in layers if "mlp" in name]
-        named = {mlps[int(key.rpartition(".")[2])] if "module_list" in key else key.removesuffix(".weight"):
-                 p.detach().float().sigmoid() for key, p in expert.items()}
-        check_expert(named, layers, str(path))
-        expert = {name: z * (s := layers[name].s.cpu()).sum() / (s * z).sum() for name, z in named.items()}
+        expert = {mlps[int(key.rpartition(".")[2])] if "module_list" in key else key.removesuffix(".weight"):
+                  p.detach().float().sigmoid() for key, p in expert.items()}
     if layers is not None:
         check_expert(expert, layers, str(path))
+    if theirs:
+        expert = {name: z * (s := layers[name].s.cpu()).sum() / (s * z).sum() for name, z in expert.items()}
     return expert
 
 def merge_svf(model):
@@ -211,9 +210,9 @@ def merge_svf(model):
 class Task:
     """What training and evaluation need to know of a task; a problem is a dict with `question` and `answer`."""
     name: str
-    problems: Callable  # split ("train", "validation", "test") -> list of problems
-    conversation: Callable  # problem -> list of {"role", "content"}
-    reward: Callable  # (completion, problem) -> float: 1 right, negative wrong, in between partly right
+    problems: callable  # split ("train", "validation", "test") -> list of problems
+    conversation: callable  # problem -> list of {"role", "content"}
+    reward: callable  # (completion, problem) -> float: 1 right, negative wrong, in between partly right
     max_new_tokens: int = 256
     prefill: str = ""  # the start of the assistant's turn, as "Let's think step by step" on ARC
     choices: list | None = None  # completions to draw among by their probability, instead of generating freely
@@ -256,7 +255,7 @@ def encode(model, processor, conversations, prefill=""):
 def context_of(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
-def batches(model, processor, conversations, prefill, extra=0, budget=65536):
+def batches(model, processor, conversations, prefill, extra=0, budget=16384):
     """(row numbers, encoded prompts) of groups of at most `budget` tokens, padding and `extra` per row counted."""
     if not conversations:
         return
@@ -322,7 +321,7 @@ def sample(model, tokenizer, inputs, max_new_tokens, temperature):
     return [row[: next((t + 1 for t, token in enumerate(row) if token in end), len(row))] for row in rows]
 
 @torch.no_grad()
-def rollout(model, processor, task, problems, *, expert=None, temperature=0.0, token_budget=65536):
+def rollout(model, processor, task, problems, *, expert=None, temperature=0.0, token_budget=16384):
     """One answer to each problem, a list of (token ids, text, reward); the token id of a choice is its number.
     temperature 0 takes the likeliest, above 0 draws. expert: as for generate."""
     conversations, tokenizer = [task.conversation(p) for p in problems], tokenizer_of(processor)
@@ -365,7 +364,7 @@ class Hyperparameters:
     baseline: bool = True  # subtract the batch's mean reward: same gradient in expectation, less noise (not the paper's)
     validate_every: int = 10  # steps; the z of the best greedy accuracy on validation problems is the result
     validation_problems: int = 128
-    token_budget: int = 8192  # tokens in one micro-batch of an update, padding included
+    token_budget: int = 2048  # tokens in one micro-batch of an update, padding included
     seed: int = 0  # of the choice of problems and of the rollouts
 
 def policy_loss(logp, ref_logp, actions, mask, advantages, kl_coef):
@@ -494,7 +493,7 @@ def solution_likelihood(model, processor, task, problems, expert):
     """Log-likelihood of the right answers, one number per problem; expert: as for generate."""
     conversations, likelihood = [task.conversation(p) for p in problems], np.zeros(len(problems))
     ids = [continuation(tokenizer_of(processor), task.prefill, str(p.get("solution", p["answer"]))) for p in problems]
-    for rows, inputs in batches(model, processor, conversations, task.prefill, np.array([len(i) for i in ids]), 16384):
+    for rows, inputs in batches(model, processor, conversations, task.prefill, np.array([len(i) for i in ids])):
         with use_expert(model, expert, rows):
             likelihood[rows] = log_likelihood(model, inputs, [ids[i] for i in rows]).cpu()
     return likelihood
