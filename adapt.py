@@ -113,8 +113,8 @@ def main():
     after = two_pass(model, processor, conversations, by_category, classifier=classifier, **how)
     for i, (prompt, base, (category, answer)) in enumerate(zip(prompts, before, after)):
         print(f"\nprompt    {prompt}\ncategory  {category}{f' (truth: {truth[i]})' if truth else ''}"
-              f"{'' if by_category[category] else ', which has no expert: base weights'}"
-              f"\nbase      {base.strip()}\nanswer    {answer.strip()}")
+              f"\nbase      {base.strip()}")
+        print(f"answer    {answer.strip() if by_category[category] else 'the same: no expert for this category'}")
 
 if __name__ == "__main__":
     guarded(main)
