@@ -85,7 +85,7 @@ def say(problem):
 def exact(completion, problem):
     return 1.0 if completion.strip() == problem["answer"] else -1.0
 
-TINY_HYPER = dict(steps=60, batch_size=256, lr=1e-2)
+TINY_HYPER = dict(steps=100, batch_size=256, lr=1e-2)
 
 def tiny_task(name):
     return Task(name, lambda split: tiny_problems((name,), split), say, exact, max_new_tokens=8,
@@ -130,7 +130,7 @@ def tiny_corpus(n, rng, classify=False):
         rows.append((f"<user>{prompt}<end><assistant>", f"{completion}<end>"))
     return rows
 
-def pretrain_tiny(steps=1000, batch_size=128, lr=2e-3, seed=0):
+def pretrain_tiny(steps=1300, batch_size=128, lr=2e-3, seed=0):
     """The built-in base model: a Llama of 0.8 M parameters, pretrained from scratch on the corpus above."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
