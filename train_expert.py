@@ -96,7 +96,7 @@ def tiny_classify():
         return [{**p, "answer": TINY_CATEGORY[p["skill"]]}
                 for p in tiny_problems(("addition", "reversal", "largest", "greeting"), split)]
     return Task("tiny-classify", problems, lambda p: category_question(say(p), TINY_CATEGORIES), exact,
-                prefill=CATEGORY_PREFILL, choices=TINY_CATEGORIES, hyper=dict(steps=20, batch_size=64, lr=1e-2))
+                prefill=CATEGORY_PREFILL, choices=TINY_CATEGORIES, hyper=dict(steps=60, batch_size=64, lr=1e-2))
 
 def tiny_tokenizer(texts):
     """Words are tokens with the space before them, digits and capital letters are tokens of their own."""
