@@ -5,12 +5,10 @@ Answers in two passes: pass 1 finds out which expert a prompt needs, pass 2 answ
     python adapt.py --model DIR "a prompt" ...      # your own prompts, with the experts in experts/<model>
 """
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import safe_open
 
 from train_expert import (CACHE, TASKS, TINY_UNSEEN, default_model, folder_name, get_task, guarded, load_model, say)

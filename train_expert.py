@@ -72,7 +72,7 @@ def split_of(question):
     sees only the first kind as well."""
     return ["validation", "test"][h - 8] if (h := zlib.crc32(question.encode()) % 10) > 7 else "train"
 
-@lru_cache
+@lru_cache(maxsize=None)
 def tiny_problems(names, split, count={"train": 4096, "validation": 256, "test": 1024}):
     rng = random.Random(f"{names} {split}")
     made = (tiny_problem(names[i % len(names)], rng) for i in range(10 ** 9))
@@ -164,7 +164,7 @@ def pretrain_tiny(steps=1300, batch_size=128, lr=2e-3, seed=0):
 # Real tasks. Even training rows train and odd ones validate, as in the authors' code.
 
 def rows_of(path, config, columns, split):
-    """The dataset's rows of a split, as dicts; an Transformer2Error where it cannot be had."""
+    """The dataset's rows of a split, as dicts; a Transformer2Error where it cannot be had."""
     try:
         from datasets import load_dataset, logging
         logging.set_verbosity_error()
@@ -221,6 +221,8 @@ def get_task(name):
 def load_model(name, device=None):
     """(model, processor) of a hub id, a local folder or "tiny"; bfloat16 on a GPU, float32 on a CPU."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not worth a line each
+    transformers.utils.logging.disable_progress_bar()
     if name == "tiny":
         made_by = "".join(map(inspect.getsource, (skill, tiny_corpus, tiny_tokenizer, pretrain_tiny)))
         name = CACHE / f"tiny-{zlib.crc32(made_by.encode()):08x}"  # another recipe, another folder
@@ -229,8 +231,6 @@ def load_model(name, device=None):
             for part in pretrain_tiny():
                 part.save_pretrained(tmp)
             os.replace(tmp, name)
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not worth a line each
-    transformers.utils.logging.disable_progress_bar()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
         sees = hasattr(AutoConfig.from_pretrained(name), "vision_config")
