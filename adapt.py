@@ -56,12 +56,12 @@ def compare(model, processor, task, experts, by_category, classifier, strategies
             measure(strategy, [by_category[c] for c in chosen])
     if "few-shot" in strategies:
         shots = np.random.default_rng(args.seed).choice(task.problems("train"), args.shots, replace=False).tolist()
-        for per_layer in (False, True):
+        for name, per_layer in (("few-shot", True), ("few-shot, one α each", False)):
             clock = time.time()
             z, alphas = few_shot(model, processor, task, shots, experts, per_layer=per_layer, seed=args.seed)
-            note = "" if per_layer else "  alpha " + ", ".join(f"{n} {a:+.2f}" for n, a in zip(experts, alphas[:, 0]))
+            note = "" if per_layer else "  α " + ", ".join(f"{n} {a:+.2f}" for n, a in zip(experts, alphas[:, 0]))
             print(f"  (cross-entropy search on {args.shots} problems: {time.time() - clock:.1f} s{note})")
-            measure("few-shot" + ", per layer" * per_layer, z)
+            measure(name, z)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
