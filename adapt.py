@@ -91,7 +91,7 @@ def main():
     by_category = dict.fromkeys(dispatch.choices)  # a category without an expert is answered by the base weights
     by_category.update({headers[stem].get("category") or stem: e for stem, e in experts.items()})
     categories = list(by_category)
-    print(f"{args.model}: experts {', '.join(experts) or 'none'}; classification expert: {'yes' if classifier else 'no'}")
+    print(f"{args.model}: experts {', '.join(experts) or 'none'}; classifier: {'yes' if classifier else 'no'}")
 
     prompts, truth = args.prompts, None
     if not prompts:

@@ -6,15 +6,8 @@ Trains experts: a model and a task go in, a file with one z per weight matrix co
 
 Below: the tasks, the built-in tiny model, the command line. The method itself is in transformer2.py.
 """
-import argparse
-import inspect
-import os
-import random
-import re
-import resource
-import sys
-import time
-import zlib
+import argparse, ast, inspect, os, random, re, resource, signal, socket, subprocess, sys, tempfile, time, warnings, zlib
+from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -28,6 +21,7 @@ from transformer2 import (CATEGORY_PREFILL, Task, Transformer2Error, apply_svf, 
                           reinforce, save_expert, svf_layers)
 
 CACHE = Path(".cache/transformer2")
+warnings.filterwarnings("ignore", module="<unknown>")  # a "\d" in a program that a model wrote
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The tiny model's world: skills whose every question is answered right 40 % of the time and, the rest, sloppily in a
@@ -139,8 +133,8 @@ def pretrain_tiny(steps=1300, batch_size=128, lr=2e-3, seed=0):
     tokenizer = tiny_tokenizer(["".join(r) for r in sample] + ["0123456789" + ALPHABET])
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.08, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None, pad_token_id=tokenizer.pad_token_id))
+        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.08, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     bar = tqdm(range(steps), desc="pretraining the tiny base model", mininterval=1)
     for step in bar:
@@ -160,52 +154,222 @@ def pretrain_tiny(steps=1300, batch_size=128, lr=2e-3, seed=0):
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return model.eval(), tokenizer
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Real tasks. Even training rows train and odd ones validate, as in the authors' code.
+# ---- Rewards for text: what a model writes, read as an answer ----
 
-def rows_of(path, config, columns, split):
-    """The dataset's rows of a split, as dicts; a Transformer2Error where it cannot be had."""
+STATED = r"(?i:####|\\boxed\{|\b(?:answer|option|choice)(?: is|:))"
+
+def numeric_answer(text):
+    """The number text states as its answer ("is 5 + 3 = 8" states 8), else its last; NaN, equal to nothing, if none."""
+    text = re.sub(r"(?<=\d)(,|\{,\})(?=\d{3}(?!\d))|\\?\$", "", text.replace("−", "-"))
+    *before, tail = re.split(STATED, text)
+    stated = re.split(r"\n|\.\s|\}", tail.strip())[0].rpartition("=")[2] if before else ""
+    numbers = partial(re.findall, r"(?:(?<![\w)])-)?\d*\.?\d+")  # the minus of 16-3 is no sign
+    return float((numbers(stated)[:1] or numbers(text) or ["nan"])[-1])
+
+def letter_answer(text, problem):
+    """The letter of the option that text states or its last line is, by label or by words; "" if that is unclear."""
+    *before, tail = re.split(STATED, text.replace(problem["question"], ""))  # never from the question's own words
+    tail = (tail if before else tail.strip().rpartition("\n")[2]).strip(" \n*.:\"'")
+    letters = re.findall(r"^\W*(?!A [a-z])([A-E])\b(?!')" if before else r"^\W*([A-E])\W*$", tail)
+    letters = letters or list(set(re.findall(r"\(([A-E])\)", tail)))
+    options = {o.strip(" .").lower(): letter for o, letter in zip(problem["choices"]["text"], "ABCDE")}
+    said = [o for o in options if re.match(re.escape(o) + (r"(?!\w)" if before else "$"), tail.lower())]
+    letters = letters or [options[max(said, key=len)] for _ in said[:1]]  # "iron ore" rather than "iron"
+    return letters[0] if len(letters) == 1 else ""
+
+MATH_RULES = [  # what differs in LaTeX and not in meaning, in this order
+    (r"\\(left|right|[!,;: %$])|[$%*~°]|\^\{?\\circ\}?", ""), (r"\\[dt]frac", r"\\frac"),
+    (r"(?<=[\d}])\s*\\(text|mbox|mathrm)\s*\{[^{}]*\}(\^\{?\d\}?)?", ""), (r"\\(?:text|mbox)\{([^{}]*)\}", r"\1"),
+    (r"^\s*(-?[\d.,/]+)\s+[A-Za-z ]+\.?$", r"\1"), (r"\s|\.\s*$", ""), (r"^[a-z](=|\\in)", ""),  # 5 cm; x = 5
+    (r"(?<=\d)(,|\{,\})(?=\d{3}(?!\d))", ""), (r"\\(sqrt|frac)(\d)", r"\\\1{\2}"), (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"(\\frac\{([^{}]|\{[^{}]*\})*\})(\d)", r"\1{\3}"), (r"\\frac\{(-?\w+)\}\{(\w+)\}", r"\1/\2")]
+
+def math_form(answer):
+    """A LaTeX answer in a form to compare. What it does not know as the same (1+x and x+1) stays different."""
+    for pattern, new in MATH_RULES:
+        answer = re.sub(pattern, new, answer)
+    number = re.fullmatch(r"-?(\d{1,30}(/[1-9]\d{0,29})?|\d{0,30}\.\d{1,30})", answer)
+    return str(Fraction(answer)) if number else answer
+
+def math_answer(text):
+    """math_form of what text states last, up to the brace that closes \\boxed{ or the sentence's end; "" if nothing."""
+    *before, tail = re.split(STATED, text)
+    stated = re.match(r"([^{}\n]|\{([^{}]|\{[^{}]*\})*\})*", tail.lstrip(" :*"))[0]
+    return math_form(re.split(r"\.\s|\.$", stated)[0]) if before else ""
+
+def extract_code(completion, problem):
+    """The program in a completion: fenced blocks and the text around them, each from its first line of code as far
+    as it is Python. Without the function of HumanEval's `prompt` in it, the completion is that function's body."""
+    parts, header, code = re.split(r"```(?:[Pp]ython3?|py)?", completion[:20000]), problem.get("prompt"), ""
+    if header and re.search(rf"^def {problem['entry_point']}\b", completion, re.M):
+        parts = [header + "    pass", *parts]  # the header brings imports and helpers
+    elif header:
+        parts = [header + "    " + parts[len(parts) > 2].lstrip()]
+    for part in parts:
+        start = re.search(r"^(?:@|import |from \S+ import |def |class \w+[:(]|\w+ *= *)", part, re.M)
+        lines = part[start.start():].splitlines() if start else []
+        while lines:
+            try:
+                ast.parse("\n".join(lines))
+                break
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                del lines[min(getattr(error, "lineno", 0) or 1, len(lines)) - 1:]
+        code += "\n".join(lines) + "\n"
+    return code
+
+# ---- Rewards for code. The worker process runs the completion and answers calls; the tester process runs the tests,
+# and takes only literals for answers. The verdict is the tester's, and no expected value enters the worker: no exit,
+# printed marker, odd __eq__ or patched builtin there makes a wrong answer right. ----
+
+SANDBOX = r"""
+import _imp, _signal, _thread, posix, resource, sys, time
+code, (reader, writer) = sys.stdin.read(), (open(int(sys.argv[1]), mode, closefd=False) for mode in "rw")
+for name in [n for n in dir(posix) if type(getattr(posix, n)) is type(len)]:  # mkfifo acts without an audit event
+    if name not in "_exit cpu_count fspath getcwd getpid listdir lstat stat urandom".split():
+        delattr(posix, name)
+_thread.start_new_thread = _thread.start_new = None
+for module in '''ast bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools
+        hashlib heapq itertools json math operator os queue random re statistics string types typing _strptime'''.split():
+    if module.strip("_") in code + "heapq":  # now: nothing else can be imported later, and Counter imports heapq
+        __import__(module)
+del time.clock_settime, time.clock_settime_ns, _imp.create_builtin  # which would make a second posix
+for what, most in ("CPU", 5), ("AS", 512 << 20), ("FSIZE", 0), ("NPROC", 0), ("NOFILE", 32), ("CORE", 0):
+    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
+_signal.alarm(60)  # should the caller be killed
+# what is not known to be harmless ends the process; the names are the hook's own, so that nothing can replace them
+sys.addaudithook(lambda event, args, stop=posix._exit, harmless=frozenset('''builtins.id compile exec time.sleep
+    object.__getattr__ object.__setattr__ object.__delattr__ sys._getframe sys._getframemodulename'''.split()):
+    event in harmless or stop(1))
+"""
+WORKER = SANDBOX + r"""
+sys.modules["completion"] = module = type(sys)("completion")
+exec(code, vars(module))
+for call in reader:
+    value = eval(call, vars(module))
+    print(ascii(dict(value) if isinstance(value, dict) else value), file=writer, flush=True)
+"""
+TESTER = "import ast" + SANDBOX + r"""
+def remote(name):
+    def call(*args):
+        print(f"{name}(*{args!a})", file=writer, flush=True)
+        return ast.literal_eval(reader.readline())
+    return call
+exec(code, {"remote": remote})
+posix._exit(0)  # at once: an ordinary end has audit events of its own
+"""
+
+def run_tests(code, tests, timeout=10.0):
+    """True if the source `tests`, in which remote("f") is the function f of `code`, ends without an error in `timeout`
+    seconds. Both of its processes are gone on return. Raises Transformer2Error without the user's leave."""
+    if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+        raise Transformer2Error("this task runs code that a model wrote: read in README what its sandbox keeps off, "
+                                "then allow it with HF_ALLOW_CODE_EVAL=1 in the environment")
+    ends, options = socket.socketpair(), "-I -S -B -W ignore -c".split()
+    with tempfile.TemporaryDirectory() as home, ends[0], ends[1]:
+        worker, tester = [subprocess.Popen(
+            [sys.executable, *options, script, str(end.fileno())], pass_fds=[end.fileno()], cwd=home, env={},
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            for script, end in zip((WORKER, TESTER), ends)]
+        ends[0].close()  # so that the tester sees when the worker is gone
+        try:
+            with worker.stdin:
+                worker.stdin.write(code.encode(errors="replace"))
+            tester.communicate(tests.encode(), timeout)
+            return tester.returncode == 0
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            return False
+        finally:
+            os.killpg(worker.pid, signal.SIGKILL)  # not waited for until now, so that the number is still its own
+            tester.kill()
+            worker.wait(), tester.wait()
+
+# ---- Real tasks. Even training rows train and odd ones validate, as in the authors' code. Of a dataset with only a
+# test split every 16th row is "train" (for few-shot), those halfway between are "validation", the others "test". ----
+
+def rows_of(path, config, prepare, split):
+    """The rows of a split as dicts, with what `prepare` adds to each; those without an `answer` are left out."""
     try:
         from datasets import load_dataset, logging
         logging.set_verbosity_error()
-        rows = load_dataset(path, config, split="test" if split == "test" else "train")
+        data = load_dataset(path, config)
     except Exception as error:  # the hub client's errors have no class in common
         raise Transformer2Error(f"dataset {path} cannot be loaded ({type(error).__name__}): go online once, or set "
                                 "HF_HUB_OFFLINE=1 and HF_DATASETS_CACHE to a copy of its cache")
-    if missing := set(columns.split()) - set(rows.column_names):
-        raise Transformer2Error(f"dataset {path} has no column {missing.pop()!r}: delete its cache and load it again")
-    return [dict(row) for i, row in enumerate(rows) if split == "test" or i % 2 == (split == "validation")]
+    step = 16 if "train" not in data else 1 if split == "test" else 2
+    share = {0: "train", step // 2: "validation"} if step > 1 else {}
+    try:
+        rows = [{**row, **prepare(row)} for i, row in enumerate(data["train" if step == 2 else "test"])
+                if share.get(i % step, "test") == split]
+    except KeyError as column:
+        raise Transformer2Error(f"dataset {path} has no column {column}: delete its cache and load it again")
+    if lost := sum(not row["answer"] for row in rows):
+        print(f"{path}: {lost} of {len(rows)} problems left out, as their answers cannot be used", file=sys.stderr)
+    return [row for row in rows if row["answer"]]
 
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
-
-def numeric_answer(text):
-    """The number behind the last "####", "answer is" or \\boxed{, else the last number; NaN, equal to nothing, if none."""
-    stated = re.split(r"####|\\boxed\{|answer is", text.replace("$", ""))
-    numbers = re.findall(NUMBER, stated[-1])[: 1 if len(stated) > 1 else None] or re.findall(NUMBER, text)
-    return float(numbers[-1].replace(",", "")) if numbers else float("nan")
+def real_task(name, category, path, config, prepare, prompt, right, max_new_tokens=512, prefill=""):
+    return Task(name, partial(rows_of, path, config, prepare), lambda p: say({"question": prompt.format(**p)}),
+                lambda text, p: 1.0 if right(text, p) else -1.0, max_new_tokens, prefill, category=category)
 
 def gsm8k():
-    def problems(split):
-        return [{**row, "solution": re.sub(r"<<.*?>>", "", row["answer"]), "answer": row["answer"].split("####")[-1]}
-                for row in rows_of("openai/gsm8k", "main", "question answer", split)]
-    return Task("gsm8k", problems, say, lambda completion, problem:
-                1.0 if numeric_answer(completion) == numeric_answer(problem["answer"]) else -1.0,
-                max_new_tokens=512, category="math")
+    def prepare(row):
+        solution, answer = re.sub(r"<<.*?>>", "", row["answer"]), re.search(r"#### *(-?[\d.,]*\d)", row["answer"])
+        return {"question": row["question"], "answer": answer and answer[1], "solution": solution}
+    return real_task("gsm8k", "math", "openai/gsm8k", "main", prepare, "{question}",
+                     lambda text, p: numeric_answer(text) == numeric_answer(p["answer"]))
+
+def math500():
+    def prepare(row):
+        return {"question": row["problem"], "answer": row["answer"], "solution": row["solution"]}
+    return real_task("math", "math", "HuggingFaceH4/MATH-500", None, prepare,
+                     "{question}\n\nReason step by step, and put your final answer within \\boxed{{}}.",
+                     lambda text, p: math_answer(text) == math_form(p["answer"]), max_new_tokens=1024)
+
+def arc(config):
+    def prepare(row):  # some rows count their options 1, 2, 3
+        answer = dict(zip(row["choices"]["label"], "ABCDE")).get(row["answerKey"])
+        options = "".join(f"\n({letter}) {text}" for letter, text in zip("ABCDE", row["choices"]["text"]))
+        solution = f"The answer is ({answer})."
+        return {"question": row["question"], "answer": answer, "options": options, "solution": solution}
+    return real_task(config.lower(), "reasoning", "allenai/ai2_arc", config, prepare, "Think step by step, then finish "
+                     'with "the answer is (X)", X the letter of the right choice.\n\n{question}\nOptions:{options}',
+                     lambda text, p: letter_answer(text, p) == p["answer"], prefill="Let's think step by step")
+
+def code_task(*about):
+    if not run_tests("", "assert remote('int')('1') == 1"):  # now, rather than after the first answers
+        raise Transformer2Error("the sandbox for code does not start on this system: run code tasks on Linux")
+    return real_task(*about, lambda text, p: run_tests(extract_code(text, p), p["tests"]), prefill="```python")
+
+def mbpp():
+    def prepare(row):  # where the code has a class, the tests hand over its objects, which are no literals
+        names, tests = re.findall(r"^def +(\w+)", row["code"], re.M), "\n".join(row["test_list"])
+        return {"question": row["text"], "answer": tests * ("class " not in row["code"]), "solution": row["code"],
+                "tests": "".join(f"{name} = remote({name!r})\n" for name in names) + tests}
+    return code_task("mbpp", "code", "google-research-datasets/mbpp", "full", prepare,
+                     "{question} Your code should satisfy these assertions:\n```python\n{answer}\n```")
+
+def humaneval():
+    def prepare(row):  # one test compares with the solution
+        solution = row["prompt"] + row["canonical_solution"]
+        return {"question": row["prompt"], "solution": solution, "answer": row["test"],
+                "tests": f"{solution}\n{row['test']}\ncheck(remote({row['entry_point']!r}))"}
+    return code_task("humaneval", "code", "openai/openai_humaneval", None, prepare,
+                     "Write a solution to the following problem:\n```python\n{question}```")
 
 CATEGORIES = ["reasoning", "math", "code", "other"]  # the paper's; no training question is "other"
 
 def real_classify():
-    sources = [("openai/gsm8k", "main", "question", "math"), ("google-research-datasets/mbpp", "full", "text", "code"),
-               ("allenai/ai2_arc", "ARC-Easy", "question", "reasoning")]
     def problems(split):
-        count = {"train": 150, "validation": 16, "test": 32}[split]  # of each kind
-        return [{"question": row[column], "answer": category} for path, config, column, category in sources
-                for row in rows_of(path, config, column, split)[:count]]
+        count = {"train": 12, "validation": 16, "test": 32}[split]  # of each kind; an update sees all that train
+        return [{"question": row[column], "answer": category} for path, config, column, category in (
+            ("openai/gsm8k", "main", "question", "math"), ("google-research-datasets/mbpp", "full", "text", "code"),
+            ("allenai/ai2_arc", "ARC-Easy", "question", "reasoning"))
+            for row in rows_of(path, config, lambda row: {"answer": row[column]}, split)[:count]]
     return Task("classify", problems, lambda p: category_question(say(p), CATEGORIES), exact, prefill=CATEGORY_PREFILL,
-                choices=CATEGORIES, hyper=dict(steps=20, batch_size=24, lr=4e-3))
+                choices=CATEGORIES, hyper=dict(steps=20, batch_size=36, lr=4e-3))
 
 TASKS = {name: partial(tiny_task, name) for name in TINY_CATEGORY} | {
-    "tiny-classify": tiny_classify, "gsm8k": gsm8k, "classify": real_classify}
+    "tiny-classify": tiny_classify, "classify": real_classify, "gsm8k": gsm8k, "mbpp": mbpp, "math": math500,
+    "arc-easy": partial(arc, "ARC-Easy"), "arc-challenge": partial(arc, "ARC-Challenge"), "humaneval": humaneval}
 TINY_EXPERTS = ["addition", "reversal", "largest", "tiny-classify"]
 TINY_UNSEEN = ["smallest", "last-letter"]
 
@@ -266,13 +430,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id, folder or 'tiny'")
     parser.add_argument("--task", nargs="+", metavar="T", help=", ".join(TASKS))
-    parser.add_argument("--targets", default="mlp", help="mlp, attention, all, or a regular expression over layer names")
+    parser.add_argument("--targets", default="mlp", help="mlp, attention, all, or a regular expression over layers")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--kl", type=float, dest="kl_coef")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--out", type=Path, default=Path("experts"), help="experts land in OUT/<model>/<task>.safetensors")
+    parser.add_argument("--out", type=Path, default=Path("experts"), help="experts land in OUT/<model>/")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same command was")
     args = parser.parse_args()
     default_model(args)
