@@ -424,7 +424,7 @@ def test_letter_answers(text, letter):
 def test_math_answers(right, said, same):
     assert (train_expert.math_answer(said) == train_expert.math_form(right)) == same
 
-F = "def f(x):\n    return x * x\n"
+SQUARE = "def f(x):\n    return x * x\n"
 HEADER = 'import math\n\ndef f(x):\n    """Squares."""\n'
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox for code runs on Linux")
 
@@ -437,10 +437,10 @@ def test_programs_are_found_as_models_write_them(monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     header, body = {"prompt": HEADER, "entry_point": "f"}, "    y = math.fabs(x)\n    return y * y\n"
     for completion, problem in [
-            (F, {}), (f"Sure:\n```python\n{F}```\nDone, for all x.", {}), (f"\n{F}```\nExplanation.", {}), (f"Here:\n{F}\nIt is easy.", {}),
-            ("```\ndef f(x):\n    return 0\n```\nBetter:\n```py\n" + F, {}), (f"{F}\ndef g(x:", {}), (f"```python\nimport re\n```\n{F}", {}),
-            ("MANY = 2\ndef f(x):\n    return x ** MANY", {}), (f"from collections import Counter\nCounter('aab').most_common(1)\n{F}", {}),
-            (body, header), (body.lstrip(), header), (f"```python\n{body}```", header), (HEADER + body, header), (F, header),
+            (SQUARE, {}), (f"Sure:\n```python\n{SQUARE}```\nDone, for all x.", {}), (f"\n{SQUARE}```\nExplanation.", {}), (f"Here:\n{SQUARE}\nIt is easy.", {}),
+            ("```\ndef f(x):\n    return 0\n```\nBetter:\n```py\n" + SQUARE, {}), (f"{SQUARE}\ndef g(x:", {}), (f"```python\nimport re\n```\n{SQUARE}", {}),
+            ("MANY = 2\ndef f(x):\n    return x ** MANY", {}), (f"from collections import Counter\nCounter('aab').most_common(1)\n{SQUARE}", {}),
+            (body, header), (body.lstrip(), header), (f"```python\n{body}```", header), (HEADER + body, header), (SQUARE, header),
             ("\ndef f(x):\n    return math.prod([x, x])\n```", header)]:
         assert score(completion, problem), completion
     for completion, problem in [("", {}), ("I cannot do this.", {}), ("", header), ("```python\n```", header), ("def f(x:", {})]:
@@ -465,7 +465,7 @@ FAKES = ["class Equal:\n    __eq__ = lambda a, b: True\ndef f(x):\n    return Eq
          "import os\ndef f(x):\n    os._exit(0)", "import builtins\nbuiltins.eval = lambda *a: 4\nbuiltins.ascii = lambda v: 'x'\ndef f(x):\n    return 0",
          "class Int(int):\n    __eq__ = lambda a, b: True\ndef f(x):\n    return Int(5)", "def f(x):\n    print('4', 'passed', 'OK')",
          "import sys\ndef f(x):\n    sys.modules['__main__'].writer.write('True')\n    return True", "def f(x):\n    return 'exit()'",
-         "def f(x):\n    return (((" + "(" * 9999, "y = '" + "\0'\n" + F, "y = " + "-" * 19000 + "1\n" + F, "def f(x):\n    return [" + "[" * 90 + "]" * 91,
+         "def f(x):\n    return (((" + "(" * 9999, "y = '" + "\0'\n" + SQUARE, "y = " + "-" * 19000 + "1\n" + SQUARE, "def f(x):\n    return [" + "[" * 90 + "]" * 91,
          "import sys\ndef f(x):\n    raise AssertionError", "def remote(name):\n    return lambda x: 4\nassert_ = True"]
 
 @linux
@@ -476,8 +476,8 @@ def test_hostile_and_broken_programs_score_nothing_and_leave_nothing(tmp_path, m
         (tmp_path / name).mkdir()
     (tmp_path / "place/victim").write_text("whole")
     attacks = HOSTILE.replace("PLACE", str(tmp_path / "place")).replace("\\n", "\n").split("|")
-    programs = [*(f"```\nx = 0\n{attack.strip()}\n{F}```" for attack in attacks), *FAKES]
-    assert len(programs) > 50 and score("x = 0\n" + F)
+    programs = [*(f"```\nx = 0\n{attack.strip()}\n{SQUARE}```" for attack in attacks), *FAKES]
+    assert len(programs) > 50 and score("x = 0\n" + SQUARE)
     with ThreadPoolExecutor(16) as pool:
         passed = [p for p, ok in zip(programs, pool.map(lambda p: score(p, timeout=3), programs)) if ok]
     assert passed == [] and os.listdir(tmp_path / "homes") == [] and os.listdir(tmp_path / "place") == ["victim"]
