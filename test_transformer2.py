@@ -394,39 +394,35 @@ def test_mix_of_one_expert_is_that_expert():
 
 # --- rewards
 
-def arc_problem(question, *options):
-    return {"question": question, "choices": {"text": options, "label": "ABCDE"}}
-
 @pytest.mark.parametrize("text, number", [
-    ("so 3 + 4 = 7. The answer is 1,234.", 1234), ("#### -5", -5), (r"\boxed{18.00}", 18), ("it costs $7", 7), ("2 or 3", 3),
-    ("The answer is 5 + 3 = 8 eggs.", 8), ("Answer: 2.5 kg\nChecked 3 times.", 2.5), ("16-3", 3), ("it is −4", -4),
-    (r"\boxed{1{,}200}", 1200), ("The answer is: .5", 0.5), ("The answer is 3 of the 10 apples", 3), ("1, 2, 30", 30),
-    ("The answer is clear: no number of 1,000,000", 1000000)])
+    ("so 3 + 4 = 7. The answer is 1,234.", 1234), ("#### -5", -5), (r"\boxed{18.00}", 18), ("it costs $7", 7),
+    ("The answer is 5 + 3 = 8 eggs.", 8), ("Answer: 2.5 kg\nChecked 3 times.", 2.5), ("16-3", 3), ("2 or 3", 3),
+    ("it is −4", -4), (r"\boxed{1{,}200}", 1200), ("The answer is: .5", 0.5), ("The answer is 3 of the 10", 3)])
 def test_numeric_answers(text, number):
     assert train_expert.numeric_answer(text) == number != train_expert.numeric_answer("none")
 
 @pytest.mark.parametrize("text, letter", [
-    ("B", "B"), ("(B)", "B"), (" b)", ""), ("I think.\nThe answer is (B).", "B"), ("the answer is B because A is not", "B"),
-    ("Answer: **B**", "B"), (r"\boxed{B}", "B"), ("(A) rusts, so the answer is (C)", "C"), ("The correct option is D.", "D"),
-    ("The answer is iron ore.", "B"), ("The answer is iron.", "A"), ("Iron ore", "B"), ("It may be (A) or (B)", ""),
-    ("The answer is A heavy one", ""), ("Which is mined, iron or tin?", ""), ("Which is mined, iron or tin?\nA", "A"), ("", "")])
+    ("B", "B"), ("(B)", "B"), ("I think.\nThe answer is (B).", "B"), ("the answer is B because A is not", "B"),
+    ("Answer: **B**", "B"), (r"\boxed{B}", "B"), ("(A) rusts, so the answer is (C)", "C"), ("The answer is iron ore.", "B"),
+    ("The correct option is D.", "D"), ("The answer is iron.", "A"), ("Iron ore", "B"), ("(A) iron or (B)", ""),
+    ("The answer is A heavy one", ""), ("Iron or tin?", ""), ("Iron or tin?\nA", "A"), ("the answer is the tin", "C")])
 def test_letter_answers(text, letter):
-    problem = arc_problem("Which is mined, iron or tin?", "iron", "iron ore", "tin", "None of these.")
-    assert train_expert.letter_answer(text, problem) == letter
+    choices = {"text": ["iron", "iron ore", "tin", "None of these."], "label": list("ABCD")}
+    assert train_expert.letter_answer(text, {"question": "Iron or tin?", "choices": choices}) == letter
 
 @pytest.mark.parametrize("right, said, same", [
-    (r"\frac{1}{2}", r"so \boxed{\dfrac12}", True), ("0.5", r"\boxed{\frac{2}{4}}", True), ("90^\\circ", r"\boxed{90}", True),
-    ("5", r"\boxed{5\text{ cm}^2}", True), ("5", "The answer is 5 cm.", True), ("1000", r"\boxed{\$1,\!000}", True),
-    ("[0,1)", r"\boxed{\left[0, 1\right)}", True), ("[0,1)", r"\boxed{[0,1]}", False), ("x=4", r"\boxed{4}", True),
-    (r"\text{east}", r"\boxed{east}", True), (r"\frac{\sqrt{3}}{2}", r"\boxed{\frac{\sqrt3}2}", True),
-    ("x+1", r"\boxed{1+x}", False), ("5", r"\boxed{5", True), ("5", "it is 5", False), ("10%", r"\boxed{10\%}", True),
-    (r"\frac{9}{7}", r"\boxed{7/9}", False), ("3", r"\boxed{4} no, \boxed{3}", True), ("1", r"\boxed{1/0}", False)])
+    (r"\frac{1}{2}", r"so \boxed{\dfrac12}", True), ("0.5", r"\boxed{\frac{2}{4}}", True), ("5", "It is 5", False),
+    (r"90^\circ", r"\boxed{90}", True), ("5", r"\boxed{5\text{ cm}^2}", True), ("5", "The answer is 5 cm.", True),
+    ("1000", r"\boxed{\$1,\!000}", True), ("[0,1)", r"\boxed{\left[0, 1\right)}", True), ("x=4", r"\boxed{4}", True),
+    ("[0,1)", r"\boxed{[0,1]}", False), (r"\frac{\sqrt{3}}{2}", r"\boxed{\frac{\sqrt3}2}", True), ("5", r"\boxed{5", True),
+    (r"\text{east}", r"\boxed{east}", True), ("x+1", r"\boxed{1+x}", False), ("1", r"\boxed{1/0}", False)])
 def test_math_answers(right, said, same):
     assert (train_expert.math_answer(said) == train_expert.math_form(right)) == same
 
-SQUARE = "def f(x):\n    return x * x\n"
-HEADER = 'import math\n\ndef f(x):\n    """Squares."""\n'
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox for code runs on Linux")
+SQ = "def f(x):\n    return x * x\n"
+HEADER = {"prompt": 'import math\n\ndef f(x):\n    """Squares."""\n', "entry_point": "f"}
+BODY = "    y = math.fabs(x)\n    return y * y\n"
 
 def score(completion, problem={}, timeout=10):
     code = train_expert.extract_code(completion, problem)
@@ -435,38 +431,30 @@ def score(completion, problem={}, timeout=10):
 @linux
 def test_programs_are_found_as_models_write_them(monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    header, body = {"prompt": HEADER, "entry_point": "f"}, "    y = math.fabs(x)\n    return y * y\n"
-    for completion, problem in [
-            (SQUARE, {}), (f"Sure:\n```python\n{SQUARE}```\nDone, for all x.", {}), (f"\n{SQUARE}```\nExplanation.", {}), (f"Here:\n{SQUARE}\nIt is easy.", {}),
-            ("```\ndef f(x):\n    return 0\n```\nBetter:\n```py\n" + SQUARE, {}), (f"{SQUARE}\ndef g(x:", {}), (f"```python\nimport re\n```\n{SQUARE}", {}),
-            ("MANY = 2\ndef f(x):\n    return x ** MANY", {}), (f"from collections import Counter\nCounter('aab').most_common(1)\n{SQUARE}", {}),
-            (body, header), (body.lstrip(), header), (f"```python\n{body}```", header), (HEADER + body, header), (SQUARE, header),
-            ("\ndef f(x):\n    return math.prod([x, x])\n```", header)]:
-        assert score(completion, problem), completion
-    for completion, problem in [("", {}), ("I cannot do this.", {}), ("", header), ("```python\n```", header), ("def f(x:", {})]:
-        assert not score(completion, problem), completion
+    for text in (SQ, f"Sure:\n```python\n{SQ}```\nDone, for all x.", f"\n{SQ}```\nExplanation.", f"Here:\n{SQ}\nIt is easy.",
+                 f"```\ndef f(x):\n    return 0\n```\nBetter:\n```py\n{SQ}", f"TWO = 2\n{SQ}\ndef g(x:",
+                 f"from collections import Counter\nCounter('aab').most_common(1)\n{SQ}"):
+        assert score(text), text
+    for text in (BODY, BODY.lstrip(), f"```python\n{BODY}```", HEADER["prompt"] + BODY, SQ, f"\n{SQ}```", f"{SQ}\nf(0)"):
+        assert score(text, HEADER), text
+    for text, problem in [("", {}), ("I cannot.", {}), ("", HEADER), ("```python\n```", HEADER), ("def f(x:", {})]:
+        assert not score(text, problem), text
 
-HOSTILE = """while 1: pass | y = bytearray(20 << 30) | import os; [os.fork() for _ in range(99)] | y = open("PLACE/victim") |
-y = 1; os = __import__("posix"); os.rmdir("PLACE") | y = open("PLACE/new", "w") | y = open("here", "w") |
-import os; os.remove("PLACE/victim") | import os; os.environ["HOME"] |
-import os; os.listdir(os.path.expanduser("~")) | import shutil; shutil.rmtree("PLACE") |
-import socket; socket.socket() | import _socket | import subprocess | import _posixsubprocess |
-import os; os.system("touch PLACE/new") | y = "y" * 9 ** 7\nwhile 1: print(y) | g = lambda: g(); g() |
-import sys; sys.setrecursionlimit(10 ** 9); g = lambda: g(); g() | import os; os.kill(os.getppid(), 9) |
-import os; os.killpg(0, 9) | import ctypes | import _ctypes | import sys; sys.modules["posix"].mkfifo("PLACE/new") |
-import threading | import _thread; _thread.start_new_thread(print, ()) | import multiprocessing |
-import sys; s = sys.modules["_imp"]; s.create_builtin(type("", (), {"name": "posix"})) |
-import time; time.clock_settime(0, 0) | import resource; resource.setrlimit(0, (-1, -1)) | import mmap |
-import sys; sys.exit(0) | import os; os._exit(0) | import gc; gc.get_objects() |
-y = (lambda: 0).__code__.replace(co_code=b"") | import time; time.sleep(99) | y = input() | y = 1; raise SystemExit |
-import sys; sys.addaudithook(print) | import signal; signal.raise_signal(9) | import os; os.chdir("/") |
-import sqlite3; sqlite3.connect("PLACE/new") | import pty | import sys; y = sys.modules["marshal"].loads(b"0")"""
-FAKES = ["class Equal:\n    __eq__ = lambda a, b: True\ndef f(x):\n    return Equal()", "import sys\ndef f(x):\n    sys.exit(0)",
-         "import os\ndef f(x):\n    os._exit(0)", "import builtins\nbuiltins.eval = lambda *a: 4\nbuiltins.ascii = lambda v: 'x'\ndef f(x):\n    return 0",
-         "class Int(int):\n    __eq__ = lambda a, b: True\ndef f(x):\n    return Int(5)", "def f(x):\n    print('4', 'passed', 'OK')",
-         "import sys\ndef f(x):\n    sys.modules['__main__'].writer.write('True')\n    return True", "def f(x):\n    return 'exit()'",
-         "def f(x):\n    return (((" + "(" * 9999, "y = '" + "\0'\n" + SQUARE, "y = " + "-" * 19000 + "1\n" + SQUARE, "def f(x):\n    return [" + "[" * 90 + "]" * 91,
-         "import sys\ndef f(x):\n    raise AssertionError", "def remote(name):\n    return lambda x: 4\nassert_ = True"]
+HOSTILE = """while 1: pass | y = bytearray(20 << 30) | import os; [os.fork() for _ in range(99)] | y = open("PLACE/victim")
+ | y = open("PLACE/new", "w") | y = open("here", "w") | import os; os.remove("PLACE/victim") | import os; os.environ["HOME"]
+ | import os; os.listdir(os.path.expanduser("~")) | import shutil | import socket | import _socket | import subprocess
+ | import _posixsubprocess | import os; os.system("touch PLACE/new") | y = "y" * 9 ** 7\nwhile 1: print(y)
+ | g = lambda: g(); g() | import sys; sys.setrecursionlimit(10 ** 9); g = lambda: g(); g() | import gc; gc.get_objects()
+ | import os; os.kill(os.getppid(), 9) | import os; os.killpg(0, 9) | import ctypes | import _ctypes | import threading
+ | import sys; sys.modules["posix"].mkfifo("PLACE/new") | import sys; sys.modules["_thread"].start_new_thread(print, ())
+ | import sys; sys.modules["_frozen_importlib"]._builtin_from_name("posix") | import time; time.clock_settime(0, 0)
+ | import resource; resource.setrlimit(0, (-1, -1)) | import sys; sys.exit(0) | import os; os._exit(0) | y = input()
+ | y = (lambda: 0).__code__.replace(co_code=b"") | import time; time.sleep(99) | y = 1; raise SystemExit"""
+FAKES = ["class Equal:\n    __eq__ = lambda a, b: True\ndef f(x):\n    return Equal()", "def f(x):\n    print('4\\nOK')",
+         "import os\ndef f(x):\n    os._exit(0)", "import builtins\nbuiltins.ascii = lambda v: 'x'\ndef f(x):\n    return 0",
+         "import sys\ndef f(x):\n    sys.modules['__main__'].writer.write('True')\n    return True", "def f(x):\n    exit()",
+         "class Pass:\n    __repr__ = lambda self: 'posix._exit(0)'\ndef f(x):\n    return Pass()",
+         "def f(x):\n    return " + "(" * 9999, f"y = '\0'\n{SQ}", f"y = {'-' * 19000}1\n{SQ}", "def remote(f):\n    return f"]
 
 @linux
 def test_hostile_and_broken_programs_score_nothing_and_leave_nothing(tmp_path, monkeypatch):
@@ -475,15 +463,15 @@ def test_hostile_and_broken_programs_score_nothing_and_leave_nothing(tmp_path, m
     for name in ("homes", "place"):
         (tmp_path / name).mkdir()
     (tmp_path / "place/victim").write_text("whole")
-    attacks = HOSTILE.replace("PLACE", str(tmp_path / "place")).replace("\\n", "\n").split("|")
-    programs = [*(f"```\nx = 0\n{attack.strip()}\n{SQUARE}```" for attack in attacks), *FAKES]
-    assert len(programs) > 50 and score("x = 0\n" + SQUARE)
+    attacks = HOSTILE.replace("PLACE", str(tmp_path / "place")).split("|")
+    programs = [*(f"```\nx = 0\n{attack.strip()}\n{SQ}```" for attack in attacks), *FAKES]  # a right f after each
+    assert len(programs) > 40 and score("x = 0\n" + SQ)
     with ThreadPoolExecutor(16) as pool:
         passed = [p for p, ok in zip(programs, pool.map(lambda p: score(p, timeout=3), programs)) if ok]
     assert passed == [] and os.listdir(tmp_path / "homes") == [] and os.listdir(tmp_path / "place") == ["victim"]
     assert (tmp_path / "place/victim").read_text() == "whole"
-    here = [p for p in Path("/proc").glob("[0-9]*/cwd") if os.access(p, os.R_OK) and str(tmp_path / "homes") in os.readlink(p)]
-    assert here == []
+    processes = [p for p in Path("/proc").glob("[0-9]*/cwd") if os.access(p, os.R_OK)]
+    assert not any(str(tmp_path / "homes") in os.readlink(p) for p in processes)
 
 def test_code_runs_only_with_leave(monkeypatch):
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
@@ -494,7 +482,8 @@ def test_code_runs_only_with_leave(monkeypatch):
 def test_datasets_are_split_and_their_faults_are_said(monkeypatch, capsys):
     import datasets
     def task(name, **splits):
-        monkeypatch.setattr("datasets.load_dataset", lambda *args: {k: datasets.Dataset.from_list(v) for k, v in splits.items()})
+        made = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+        monkeypatch.setattr("datasets.load_dataset", lambda *args: made)
         return train_expert.get_task(name)
     rows = [{"question": "?", "answer": f"#### {i}"} for i in range(40)]
     gsm8k = task("gsm8k", train=rows[:9] + [{"question": "?", "answer": "#### many"}], test=rows[9:])

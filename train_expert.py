@@ -167,15 +167,16 @@ def numeric_answer(text):
     return float((numbers(stated)[:1] or numbers(text) or ["nan"])[-1])
 
 def letter_answer(text, problem):
-    """The letter of the option that text states or its last line is, by label or by words; "" if that is unclear."""
+    """The letter of the option that text states or its last line is, by label or by words; "" if there is none."""
     *before, tail = re.split(STATED, text.replace(problem["question"], ""))  # never from the question's own words
-    tail = (tail if before else tail.strip().rpartition("\n")[2]).strip(" \n*.:\"'")
-    letters = re.findall(r"^\W*(?!A [a-z])([A-E])\b(?!')" if before else r"^\W*([A-E])\W*$", tail)
-    letters = letters or list(set(re.findall(r"\(([A-E])\)", tail)))
-    options = {o.strip(" .").lower(): letter for o, letter in zip(problem["choices"]["text"], "ABCDE")}
-    said = [o for o in options if re.match(re.escape(o) + (r"(?!\w)" if before else "$"), tail.lower())]
-    letters = letters or [options[max(said, key=len)] for _ in said[:1]]  # "iron ore" rather than "iron"
-    return letters[0] if len(letters) == 1 else ""
+    tail, end = (tail, "") if before else (tail.strip().rpartition("\n")[2], r"\W*$")
+    options = zip(problem["choices"]["text"], "ABCDE")
+    for option, letter in sorted(options, key=lambda pair: -len(pair[0])):  # "iron ore" before "iron"
+        words = rf"(?i:{re.escape(option.strip(' .'))})(?!\w)"
+        label = rf"{letter}(?![\w'])(?!(?<=A) [a-z])"  # the "A" of "A dog" is none
+        if re.match(rf"\W*(?:(?:the|option|choice) )*(?:{label}\W*(?:{words})?|{words}){end}", tail):
+            return letter
+    return ""
 
 MATH_RULES = [  # what differs in LaTeX and not in meaning, in this order
     (r"\\(left|right|[!,;: %$])|[$%*~°]|\^\{?\\circ\}?", ""), (r"\\[dt]frac", r"\\frac"),
@@ -229,7 +230,7 @@ for name in [n for n in dir(posix) if type(getattr(posix, n)) is type(len)]:  # 
         delattr(posix, name)
 _thread.start_new_thread = _thread.start_new = None
 for module in '''ast bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools
-        hashlib heapq itertools json math operator os queue random re statistics string types typing _strptime'''.split():
+        hashlib heapq itertools json math operator os queue random re statistics string typing _strptime'''.split():
     if module.strip("_") in code + "heapq":  # now: nothing else can be imported later, and Counter imports heapq
         __import__(module)
 del time.clock_settime, time.clock_settime_ns, _imp.create_builtin  # which would make a second posix
@@ -318,8 +319,7 @@ def gsm8k():
                      lambda text, p: numeric_answer(text) == numeric_answer(p["answer"]))
 
 def math500():
-    def prepare(row):
-        return {"question": row["problem"], "answer": row["answer"], "solution": row["solution"]}
+    prepare = lambda row: {"question": row["problem"], "answer": row["answer"], "solution": row["solution"]}
     return real_task("math", "math", "HuggingFaceH4/MATH-500", None, prepare,
                      "{question}\n\nReason step by step, and put your final answer within \\boxed{{}}.",
                      lambda text, p: math_answer(text) == math_form(p["answer"]), max_new_tokens=1024)
