@@ -1,7 +1,7 @@
 """
 The mathematics and the promises of transformer2.py, on small random models: no network, no GPU, no files from elsewhere.
 
-    pytest                 # about a minute on two cores
+    pytest                 # half a minute on two cores
 """
 import copy
 import math
