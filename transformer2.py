@@ -31,8 +31,8 @@ class Transformer2Error(ValueError):
 # ---- Section 3.1, singular value fine-tuning: W' = U diag(s * z) Vᵀ ----
 def decompose(weight):
     """W (m, n) -> U (m, r), s (r,) descending and in float32, Vh (r, n): W = U diag(s) Vh, r = min(m, n).
-    The eigenvectors V of WᵀW are the right singular vectors, and W = (W V) Vᵀ for any orthogonal V: exact, at the
-    price of one r x r eigenproblem. It squares the condition number, hence float64."""
+    The eigenvectors V of WᵀW are the right singular vectors, and W = (W V) Vᵀ for any orthogonal V: exact, but for
+    rounding to the weight's dtype. One r x r eigenproblem; it squares the condition number, hence float64."""
     if weight.shape[0] < weight.shape[1]:  # work on the small side: Wᵀ = V diag(s) Uᵀ
         V, s, Uh = decompose(weight.T)
         return Uh.T.contiguous(), s, V.T.contiguous()
@@ -89,10 +89,10 @@ class SVFLinear(nn.Module):
         return ((self.U.float() * self.scale()) @ self.Vh.float()).to(self.U.dtype)
 
     def forward(self, x):
-        scale = self.scale().to(x.dtype)
+        scale = self.scale()  # float32, so that small steps of z are not rounded away in bfloat16
         if scale.dim() == 3 and (x.dim() != 3 or len(x) != len(scale)):
             raise Transformer2Error("this model's layers do not see rows apart: use one expert for the whole batch")
-        return F.linear(F.linear(x, self.Vh) * scale, self.U, self.bias)
+        return F.linear((F.linear(x, self.Vh) * scale).to(x.dtype), self.U, self.bias)
 
 TEXT = r"^(?!.*(vision|visual|image|audio|multi_modal|projector|connector)).*"
 TARGETS = {"mlp": TEXT + r"\b(mlp|ffn|feed_forward|fc1|fc2|fc_in|fc_out)(\.|$)",
@@ -107,14 +107,14 @@ def apply_svf(model, targets="mlp", cache_dir=None):
     found = {}
     with contextlib.suppress(re.error):  # what is no regular expression matches nothing
         pattern = re.compile(TARGETS.get(targets, targets))
-        found = {name: m for name, m in linears.items() if pattern.search(name) and m.weight.is_floating_point()}
+        found = {name: m for name, m in linears.items() if pattern.search(name) and m.weight.element_size() > 1}
     if not found:
         raise Transformer2Error(f"targets {targets!r} match no linear layer (quantised ones do not count): use "
                                 f"{', '.join(TARGETS)} or a regular expression over names like {[*linears, 'none'][0]}")
     model.requires_grad_(False)
     for name, linear in tqdm(found.items(), desc="decomposing", leave=False, delay=2, disable=None):
         model.set_submodule(name, SVFLinear(linear, cache_dir))
-    return model
+    return model.eval()
 
 def svf_layers(model):
     """Layer name -> SVFLinear, in the model's order."""
@@ -210,7 +210,7 @@ def tokenizer_of(processor):
     if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
         print("note: no chat template with this model; prompts read 'User: ...', then 'Assistant:'", file=sys.stderr)
         processor.chat_template = tokenizer.chat_template = (
-            "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
+            "{{ bos_token or '' }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
             "{% if add_generation_prompt %}Assistant:{% endif %}")
     return tokenizer
 
@@ -292,9 +292,9 @@ def generate(model, processor, conversations, *, expert=None, max_new_tokens=256
     of a choice is its number. Raises Transformer2Error as encode and use_expert do."""
     tokenizer, answers = tokenizer_of(processor), [None] * len(conversations)
     end = np.ravel(model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()
-    drawn = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-    how = GenerationConfig(**drawn, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=end,
-                           pad_token_id=tokenizer.pad_token_id)  # all that the model's own configuration might bend
+    drawn = dict(temperature=temperature, top_k=0, top_p=1.0, min_p=0.0) if temperature else {}
+    how = GenerationConfig(**drawn, do_sample=temperature > 0, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
+                           eos_token_id=end, pad_token_id=tokenizer.pad_token_id)  # whatever the model's own says
     for rows, inputs in batches(model, processor, conversations, prefill, 0 if choices else max_new_tokens):
         with use_expert(model, expert, rows):
             if choices:
@@ -331,7 +331,7 @@ class Hyperparameters:
     lr: float = 2e-3  # AdamW's, falling to 0 along a cosine
     kl_coef: float = 0.0  # λ; the paper picks among 0, 0.1, 0.2 and 0.3 on validation problems
     max_grad_norm: float = 1e-3  # over all z's together
-    baseline: bool = True  # subtract the batch's mean reward: same gradient on average, less noise (not in the paper)
+    baseline: bool = True  # subtract the batch's mean reward: same direction on average, less noise (not in the paper)
     validate_every: int = 10  # steps; the z of the best greedy accuracy on validation problems is the result
     validation_problems: int = 128
     token_budget: int = 2048  # tokens in one micro-batch of an update, padding included
@@ -351,7 +351,7 @@ def accumulate_gradient(model, processor, task, problems, answers, hp):
     the expectation of eq. 1 is taken exactly: every action counts as often as its probability says."""
     conversations, totals = [task.conversation(p) for p in problems], 0.0
     rewards = torch.tensor([[task.reward(choice, p) for choice in task.choices] for p in problems] if task.choices else
-                           [[reward] for *_, reward in answers])  # (B, A)
+                           [[reward] for *_, reward in answers], dtype=torch.float32)  # (B, A)
     baseline = rewards.mean() if hp.baseline and answers else 0.0
     lengths = [len(tokens) for tokens, *_ in answers] or 0
     for rows, inputs in batches(model, processor, conversations, task.prefill, lengths, hp.token_budget):
@@ -402,7 +402,7 @@ def reinforce(model, processor, task, *, checkpoint=None, **hyperparameters):
         if step % hp.validate_every == 0 or step == hp.steps:
             score = evaluate(model, processor, task, held_out, expert=z)
             line += f"  validation {score:.1%}"
-            if score >= state["score"]:  # of equals the later one: it had more training
+            if not score < state["score"]:  # of equals the later one: it had more training
                 state.update(score=score, best=copy())
         tqdm.write(line)
         state.update(step=step + 1, z=copy(), optimizer=optimizer.state_dict())
@@ -464,7 +464,7 @@ def few_shot(model, processor, task, problems, experts, *, population=32, iterat
     Returns the best Expert and its α, (K, 1) or with per_layer (K, blocks)."""
     experts = list(experts.values())
     shape = len(experts), model.config.get_text_config().num_hidden_layers if per_layer else 1
-    rng, n_elite = np.random.default_rng(seed), max(2, round(0.2 * population))
+    rng, population = np.random.default_rng(seed), max(population, len(experts) + 1)
     mean, std = np.full(shape, 1 / len(experts)), np.full(shape, 0.5)
     known = np.stack([np.zeros(shape), *(np.tile(row[:, None], shape[1]) for row in np.eye(len(experts)))])
     for i in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
@@ -474,7 +474,7 @@ def few_shot(model, processor, task, problems, experts, *, population=32, iterat
         right, likely = (np.reshape(x, (population, -1)).mean(1) for x in (
             [max(reward, 0.0) for *_, reward in rollout(model, processor, task, many, expert=rows)],
             solution_likelihood(model, processor, task, many, rows)))
-        best = np.lexsort((-likely, -right))[:n_elite]
+        best = np.lexsort((-likely, -right))[: max(2, round(0.2 * population))]
         mean, std, known = alphas[best].mean(0), alphas[best].std(0), alphas[best[:1]]
         std = std + 0.2 * (1 - i / iterations)  # without added noise CEM narrows down too early (Szita & Lőrincz, 2006)
     return mix(experts, known[0]), torch.tensor(known[0], dtype=torch.float32)
