@@ -293,8 +293,8 @@ def generate(model, processor, conversations, *, expert=None, max_new_tokens=256
     tokenizer, answers = tokenizer_of(processor), [None] * len(conversations)
     end = np.ravel(model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()
     drawn = dict(temperature=temperature, top_k=0, top_p=1.0, min_p=0.0) if temperature else {}
-    how = GenerationConfig(**drawn, do_sample=temperature > 0, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
-                           eos_token_id=end, pad_token_id=tokenizer.pad_token_id)  # whatever the model's own says
+    how = GenerationConfig(**drawn, do_sample=temperature > 0, num_beams=1, repetition_penalty=1.0, eos_token_id=end,
+                           no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id)  # whatever the model's own says
     for rows, inputs in batches(model, processor, conversations, prefill, 0 if choices else max_new_tokens):
         with use_expert(model, expert, rows):
             if choices:
