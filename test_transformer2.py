@@ -252,12 +252,14 @@ def test_masked_steps_do_not_count():
     short = t2.policy_loss(logp[:, :2], ref[:, :2], actions[:, :2], mask[:, :2], adv, 0.1)
     assert torch.allclose(full[0], short[0]) and torch.allclose(full[1], short[1])
 
-def test_log_policy_is_the_unpadded_models():
+@pytest.mark.parametrize("stretch", [1, 1 << 24])
+def test_log_policy_is_the_unpadded_models(stretch, monkeypatch):
+    monkeypatch.setattr(t2, "STRETCH", stretch)  # logits step by step, or all at once
     model = make("gpt2")  # absolute positions: left padding would show
     inputs = t2.encode(model, TOKENIZER, [say("Hello"), say("What is 1 plus 2?")])
     completions = [[7, 8, 9], [10]]
-    logp, tokens, mask = t2.log_policy(model, inputs, completions)
-    likely = (logp.gather(-1, tokens) * mask).sum((1, 2))
+    stretches, tokens, mask = t2.log_policy(model, inputs, completions)
+    likely = sum((logp.gather(-1, tokens[:, steps]) * mask[:, steps]).sum((1, 2)) for logp, steps in stretches)
     for i, text in enumerate(["Hello", "What is 1 plus 2?"]):
         prompt = t2.encode(model, TOKENIZER, [say(text)])["input_ids"][0].tolist()
         logp = logits(model, torch.tensor([prompt + completions[i]]))[0].log_softmax(-1)
