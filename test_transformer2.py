@@ -258,8 +258,8 @@ def test_log_policy_is_the_unpadded_models(stretch, monkeypatch):
     model = make("gpt2")  # absolute positions: left padding would show
     inputs = t2.encode(model, TOKENIZER, [say("Hello"), say("What is 1 plus 2?")])
     completions = [[7, 8, 9], [10]]
-    stretches, tokens, mask = t2.log_policy(model, inputs, completions)
-    likely = sum((logp.gather(-1, tokens[:, steps]) * mask[:, steps]).sum((1, 2)) for logp, steps in stretches)
+    hidden, head, stretches, tokens, mask = t2.network(model, inputs, completions)
+    likely = sum((head(hidden[:, t]).gather(-1, tokens[:, t]) * mask[:, t]).sum((1, 2)) for t in stretches)
     for i, text in enumerate(["Hello", "What is 1 plus 2?"]):
         prompt = t2.encode(model, TOKENIZER, [say(text)])["input_ids"][0].tolist()
         logp = logits(model, torch.tensor([prompt + completions[i]]))[0].log_softmax(-1)
@@ -316,9 +316,9 @@ def test_gradient_for_choices_is_that_of_the_exact_expectation():
     def J():
         inputs = t2.encode(model, TOKENIZER, [task.conversation(p) for p in problems], task.prefill)
         with torch.no_grad():
-            logp = t2.log_choices(model, TOKENIZER, inputs, task.prefill, names).double()
+            logp = t2.log_choices(model, TOKENIZER, inputs, task.prefill, names)[0][:, 0].double()
             with t2.use_expert(model, None):
-                ref = t2.log_choices(model, TOKENIZER, inputs, task.prefill, names).double()
+                ref = t2.log_choices(model, TOKENIZER, inputs, task.prefill, names)[0][:, 0].double()
         return (logp.exp() * (torch.tensor([1.0, -1.0, -0.1]) - 0.3 * (logp - ref))).sum(1).mean().item()
     hp = t2.Hyperparameters(kl_coef=0.3, token_budget=1)
     t2.accumulate_gradient(model, TOKENIZER, task, problems, [], hp)
@@ -350,7 +350,7 @@ def test_choices_are_scored_by_their_own_probability():
     for choices in (["red", "green", "other"], ["4 5", "4 6", "7 8", "7"]):  # told apart at once, and later
         inputs = t2.encode(model, TOKENIZER, conversations, prefill)
         with torch.no_grad():
-            scores = t2.log_choices(model, TOKENIZER, inputs, prefill, choices)
+            scores = t2.log_choices(model, TOKENIZER, inputs, prefill, choices)[0][:, 0]
         assert torch.allclose(scores.exp().sum(1), torch.ones(2), atol=1e-5)
         end = TOKENIZER.eos_token_id
         ids = [TOKENIZER(f" {choice}")["input_ids"] + [end] for choice in choices]
