@@ -2,6 +2,7 @@
 Answers in two passes: pass 1 finds out which expert a prompt needs, pass 2 answers with it.
 
     python adapt.py                                 # right after `python train_expert.py`: the whole paper at work
+    python adapt.py --model tiny-vlm                # a few held-out pictures, and what each expert says of them
     python adapt.py --model DIR "a prompt" ...      # your own prompts, with the experts in experts/<model>
 """
 import argparse
@@ -45,7 +46,8 @@ def compare(model, processor, task, experts, by_category, classifier, strategies
         clock = time.time()
         score[name] = evaluate(model, processor, task, test, expert=expert)
         print(f"  {name:24} {score[name]:7.1%}  {time.time() - clock:5.1f} s", flush=True)
-    print(f"\n{task.name}, a task no expert was trained on: accuracy on {len(test)} held-out problems")
+    trained = "a task of its own expert" if task.name in experts else "a task no expert was trained on"
+    print(f"\n{task.name}, {trained}: accuracy on {len(test)} held-out problems")
     measure("base model", None)
     for name, expert in experts.items():
         measure(f"expert {name}", expert)
@@ -63,10 +65,22 @@ def compare(model, processor, task, experts, by_category, classifier, strategies
             print(f"  (cross-entropy search on {args.shots} problems: {time.time() - clock:.1f} s{note})")
             measure(name, z)
 
+def look(model, processor, task, experts):
+    """Prints what the base model and every expert say of a few held-out pictures."""
+    problems = task.problems("test")[:6]
+    say = lambda expert: generate(model, processor, [task.conversation(p) for p in problems], expert=expert,
+                                  prefill=task.prefill, max_new_tokens=task.max_new_tokens)
+    said = {name: say(expert) for name, expert in {"base": None, **experts}.items()}
+    for i, p in enumerate(problems):
+        print(f"\n{'picture':12}{p.get('image', 'none')}\n{'question':12}{p['question']} (truth: {p['answer']})")
+        for name, texts in said.items():
+            right = task.reward(texts[i], p) > 0
+            print(f"{name:12}{texts[i].strip()}  {'(right)' if right else '(wrong)'}")
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", help="answer these; without any, show tables and a few held-out prompts")
-    parser.add_argument("--model", help="hub id, folder or 'tiny'")
+    parser.add_argument("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'")
     parser.add_argument("--experts", type=Path, help="default: experts/<model>")
     parser.add_argument("--task", nargs="+", default=[], metavar="UNSEEN", help=", ".join(TASKS))
     parser.add_argument("--strategy", nargs="+", default=["prompt", "classifier", "few-shot"],
@@ -94,7 +108,11 @@ def main():
     print(f"{args.model}: experts {', '.join(experts) or 'none'}; classifier: {'yes' if classifier else 'no'}")
 
     prompts, truth = args.prompts, None
-    if not prompts:
+    sees = hasattr(processor, "image_processor")
+    if not prompts and sees:  # pass 1 tells text prompts apart; here the pictures are the point
+        for task in tasks or [get_task(stem) for stem in experts if stem in TASKS]:
+            look(model, processor, task, experts)
+    elif not prompts:
         problems = dispatch.problems("test")
         conversations, truth = [say(p) for p in problems], [p["answer"] for p in problems]
         for strategy, z in (("prompt", None), ("classifier", classifier)):
@@ -106,6 +124,8 @@ def main():
     for task in tasks:
         if experts:
             compare(model, processor, task, experts, by_category, classifier, args.strategy, args)
+    if not prompts:
+        return
     conversations, how = [say({"question": p}) for p in prompts], dict(max_new_tokens=args.max_new_tokens)
     before = generate(model, processor, conversations, **how)
     after = two_pass(model, processor, conversations, by_category, classifier=classifier, **how)

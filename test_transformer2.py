@@ -1,27 +1,26 @@
 """
 The mathematics and the promises of transformer2.py, on small random models: no network, no GPU, no files from elsewhere.
 
-    pytest                 # half a minute on two cores
+    pytest                                                    # half a minute on two cores
+    python test_transformer2.py [--model DIR] [--json FILE]   # the benchmark: speed and memory
 """
-import copy
-import math
-import os
-import random
-import shutil
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import argparse, contextlib, copy, json, math, os, random, re, subprocess, sys, tempfile, time, weakref
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, LlavaConfig, Phi3Config,
-                          Qwen2Config)
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessorPil, GemmaConfig,
+                          GPT2Config, Idefics3Config, Idefics3ImageProcessorPil, Idefics3Processor, LlamaConfig,
+                          LlavaConfig, LlavaProcessor, Phi3Config, Qwen2Config)
 
 import adapt
 import train_expert
@@ -136,14 +135,6 @@ def test_weight_and_targets():
     assert list(t2.svf_layers(model)) == ["model.layers.0.mlp.up_proj"]
     assert torch.allclose(model.model.layers[0].mlp.up_proj.weight, dense, atol=1e-5)
     assert not any("lm_head" in n for n in t2.svf_layers(t2.apply_svf(make("llama"), "all")))
-
-def test_vision_towers_are_left_alone():
-    config = LlavaConfig(vision_config=dict(model_type="clip_vision_model", hidden_size=16, intermediate_size=16,
-                         num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4),
-                         text_config=FAMILIES["llama"].to_dict(), image_token_index=3)
-    from transformers import LlavaForConditionalGeneration
-    names = list(t2.svf_layers(t2.apply_svf(LlavaForConditionalGeneration(config), "all")))
-    assert names and not any("vision" in n or "projector" in n for n in names)
 
 def test_gradient_of_z_is_the_finite_difference():
     model = t2.apply_svf(make("llama"), "all").double()
@@ -394,136 +385,6 @@ def test_mix_of_one_expert_is_that_expert():
     with t2.use_expert(model, t2.mix([a, b], torch.zeros(2, 1))):
         assert relative(logits(model), logits(make())) < 1e-4
 
-# --- rewards
-
-@pytest.mark.parametrize("text, number", [
-    ("so 3 + 4 = 7. The answer is 1,234.", 1234), ("#### -5", -5), (r"\boxed{18.00}", 18), ("it costs $7", 7),
-    ("The answer is 5 + 3 = 8 eggs.", 8), ("Answer: 2.5 kg\nChecked 3 times.", 2.5), ("16-3", 3), ("2 or 3", 3),
-    ("it is −4", -4), (r"\boxed{1{,}200}", 1200), ("The answer is: .5", 0.5), ("The answer is 3 of the 10", 3)])
-def test_numeric_answers(text, number):
-    assert train_expert.numeric_answer(text) == number != train_expert.numeric_answer("none")
-
-@pytest.mark.parametrize("text, letter", [
-    ("B", "B"), ("(B)", "B"), ("I think.\nThe answer is (B).", "B"), ("the answer is B because A is not", "B"),
-    ("Answer: **B**", "B"), (r"\boxed{B}", "B"), ("(A) rusts, so the answer is (C)", "C"), ("The answer is iron ore.", "B"),
-    ("The correct option is D.", "D"), ("The answer is iron.", "A"), ("Iron ore", "B"), ("(A) iron or (B)", ""),
-    ("The answer is A heavy one", ""), ("Iron or tin?", ""), ("Iron or tin?\nA", "A"), ("the answer is the tin", "C")])
-def test_letter_answers(text, letter):
-    choices = {"text": ["iron", "iron ore", "tin", "None of these."], "label": list("ABCD")}
-    assert train_expert.letter_answer(text, {"question": "Iron or tin?", "choices": choices}) == letter
-
-@pytest.mark.parametrize("right, said, same", [
-    (r"\frac{1}{2}", r"so \boxed{\dfrac12}", True), ("0.5", r"\boxed{\frac{2}{4}}", True), ("5", "It is 5", False),
-    (r"90^\circ", r"\boxed{90}", True), ("5", r"\boxed{5\text{ cm}^2}", True), ("5", "The answer is 5 cm.", True),
-    ("1000", r"\boxed{\$1,\!000}", True), ("[0,1)", r"\boxed{\left[0, 1\right)}", True), ("x=4", r"\boxed{4}", True),
-    ("[0,1)", r"\boxed{[0,1]}", False), (r"\frac{\sqrt{3}}{2}", r"\boxed{\frac{\sqrt3}2}", True), ("5", r"\boxed{5", True),
-    (r"\text{east}", r"\boxed{east}", True), ("x+1", r"\boxed{1+x}", False), ("1", r"\boxed{1/0}", False)])
-def test_math_answers(right, said, same):
-    assert (train_expert.math_answer(said) == train_expert.math_form(right)) == same
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox for code runs on Linux")
-SQ = "def f(x):\n    return x * x\n"
-HEADER = {"prompt": 'import math\n\ndef f(x):\n    """Squares."""\n', "entry_point": "f"}
-BODY = "    y = math.fabs(x)\n    return y * y\n"
-
-def score(completion, problem={}, timeout=10):
-    code = train_expert.extract_code(completion, problem)
-    return train_expert.run_tests(code, "assert remote('f')(-2) == 4", timeout)
-
-@linux
-def test_programs_are_found_as_models_write_them(monkeypatch):
-    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    for text in (SQ, f"Sure:\n```python\n{SQ}```\nDone, for all x.", f"\n{SQ}```\nExplanation.", f"Here:\n{SQ}\nIt is easy.",
-                 f"```\ndef f(x):\n    return 0\n```\nBetter:\n```py\n{SQ}", f"TWO = 2\n{SQ}\ndef g(x:",
-                 f"from collections import Counter\nCounter('aab').most_common(1)\n{SQ}"):
-        assert score(text), text
-    for text in (BODY, BODY.lstrip(), f"```python\n{BODY}```", HEADER["prompt"] + BODY, SQ, f"\n{SQ}```", f"{SQ}\nf(0)"):
-        assert score(text, HEADER), text
-    for text, problem in [("", {}), ("I cannot.", {}), ("", HEADER), ("```python\n```", HEADER), ("def f(x:", {})]:
-        assert not score(text, problem), text
-
-HOSTILE = """while 1: pass | y = bytearray(20 << 30) | import os; [os.fork() for _ in range(99)] | y = open("PLACE/victim")
- | y = open("PLACE/new", "w") | y = open("here", "w") | import os; os.remove("PLACE/victim") | import os; os.environ["HOME"]
- | import os; os.listdir(os.path.expanduser("~")) | import shutil | import socket | import _socket | import subprocess
- | import _posixsubprocess | import os; os.system("touch PLACE/new") | y = "y" * 9 ** 7\nwhile 1: print(y)
- | g = lambda: g(); g() | import sys; sys.setrecursionlimit(10 ** 9); g = lambda: g(); g() | import gc; gc.get_objects()
- | import os; os.kill(os.getppid(), 9) | import os; os.killpg(0, 9) | import ctypes | import _ctypes | import threading
- | import sys; sys.modules["posix"].mkfifo("PLACE/new") | import sys; sys.modules["_thread"].start_new_thread(print, ())
- | import sys; sys.modules["_frozen_importlib"]._builtin_from_name("posix") | import time; time.clock_settime(0, 0)
- | import resource; resource.setrlimit(0, (-1, -1)) | import sys; sys.exit(0) | import os; os._exit(0) | y = input()
- | y = (lambda: 0).__code__.replace(co_code=b"") | import time; time.sleep(99) | y = 1; raise SystemExit"""
-FAKES = ["class Equal:\n    __eq__ = lambda a, b: True\ndef f(x):\n    return Equal()", "def f(x):\n    print('4\\nOK')",
-         "import os\ndef f(x):\n    os._exit(0)", "import builtins\nbuiltins.ascii = lambda v: 'x'\ndef f(x):\n    return 0",
-         "import sys\ndef f(x):\n    sys.modules['__main__'].writer.write('True')\n    return True", "def f(x):\n    exit()",
-         "class Pass:\n    __repr__ = lambda self: 'posix._exit(0)'\ndef f(x):\n    return Pass()",
-         "def f(x):\n    return " + "(" * 9999, f"y = '\0'\n{SQ}", f"y = {'-' * 19000}1\n{SQ}", "def remote(f):\n    return f"]
-
-@linux
-def test_hostile_and_broken_programs_score_nothing_and_leave_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "homes"))
-    for name in ("homes", "place"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "place/victim").write_text("whole")
-    attacks = HOSTILE.replace("PLACE", str(tmp_path / "place")).split("|")
-    programs = [*(f"```\nx = 0\n{attack.strip()}\n{SQ}```" for attack in attacks), *FAKES]  # a right f after each
-    assert len(programs) > 40 and score("x = 0\n" + SQ)
-    with ThreadPoolExecutor(16) as pool:
-        passed = [p for p, ok in zip(programs, pool.map(lambda p: score(p, timeout=3), programs)) if ok]
-    assert passed == [] and os.listdir(tmp_path / "homes") == [] and os.listdir(tmp_path / "place") == ["victim"]
-    assert (tmp_path / "place/victim").read_text() == "whole"
-    processes = [p for p in Path("/proc").glob("[0-9]*/cwd") if os.access(p, os.R_OK)]
-    assert not any(str(tmp_path / "homes") in os.readlink(p) for p in processes)
-
-def test_code_runs_only_with_leave(monkeypatch):
-    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
-    for name in ("mbpp", "humaneval"):  # at once, not after the first answers
-        with pytest.raises(t2.Transformer2Error, match="HF_ALLOW_CODE_EVAL=1"):
-            train_expert.get_task(name)
-
-def test_datasets_are_split_and_their_faults_are_said(monkeypatch, capsys):
-    import datasets
-    def task(name, **splits):
-        made = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
-        monkeypatch.setattr("datasets.load_dataset", lambda *args: made)
-        return train_expert.get_task(name)
-    rows = [{"question": "?", "answer": f"#### {i}"} for i in range(40)]
-    gsm8k = task("gsm8k", train=rows[:9] + [{"question": "?", "answer": "#### many"}], test=rows[9:])
-    assert [[p["answer"] for p in gsm8k.problems(s)] for s in ("train", "validation")] == [list("02468"), list("1357")]
-    assert "1 of 5 problems left out" in capsys.readouterr().err and len(gsm8k.problems("test")) == 31
-    math500 = task("math", test=[{"problem": "?", "answer": str(i), "solution": ""} for i in range(40)])
-    assert [len(math500.problems(s)) for s in ("train", "validation", "test")] == [3, 2, 35]
-    with pytest.raises(t2.Transformer2Error, match="no column 'question'"):
-        task("arc-easy", train=[{"choices": {"label": ["A"], "text": ["x"]}, "answerKey": "A"}]).problems("train")
-    monkeypatch.setattr("datasets.load_dataset", lambda *args: open("/no/such/file"))
-    with pytest.raises(t2.Transformer2Error, match="cannot be loaded .FileNotFoundError."):
-        gsm8k.problems("test")
-
-@linux
-def test_references_of_the_real_datasets_are_right(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    if (shared := Path("../shared/data/datasets")).exists():
-        shutil.copytree(shared, tmp_path / "datasets")
-        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    def rewards(name, completion, splits=("test",)):
-        task = train_expert.get_task(name)
-        problems = [p for split in splits for p in task.problems(split)]
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda p: task.reward(completion(p), p), problems))
-    try:
-        assert rewards("gsm8k", lambda p: p["solution"]) == [1.0] * 1319
-    except t2.Transformer2Error as error:
-        pytest.skip(str(error))
-    assert rewards("gsm8k", lambda p: f"The answer is {train_expert.numeric_answer(p['answer']) + 1}") == [-1.0] * 1319
-    assert rewards("arc-challenge", lambda p: p["solution"]) == [1.0] * 1172
-    assert rewards("arc-challenge", lambda p: p["question"]) == [-1.0] * 1172
-    clock = time.time()
-    assert rewards("humaneval", lambda p: p["solution"], ("train", "validation", "test")) == [1.0] * 164
-    assert rewards("humaneval", lambda p: "", ("train", "validation", "test")) == [-1.0] * 164
-    assert rewards("mbpp", lambda p: p["solution"], ("train",)) == [1.0] * 185  # of 187, two are left out
-    assert 513 / (time.time() - clock) > 20
-
 # --- prompts, tasks, command lines
 
 def test_no_chat_template_and_no_pad_token(capsys):
@@ -565,6 +426,7 @@ def test_tiny_tasks_are_split_by_question():
     (["train_expert", "--model", "no/such-model", "--task", "addition"], "neither 'tiny' nor a folder"),
     (["train_expert", "--model", "MODEL", "--task", "addition", "--targets", "nothing"], "match no linear layer"),
     (["train_expert", "--model", "MODEL", "--task", "addition", "--targets", "(["], "or a regular expression"),
+    (["train_expert", "--model", "MODEL", "--task", "addition", "--layers", "50"], "above 0, up to 1"),
     (["adapt", "--model", "MODEL", "--experts", "EMPTY", "Hello"], "no experts in"),
     (["adapt", "--model", "MODEL", "--experts", "OTHERS", "Hello"], "for another model"),
     (["adapt", "--model", "MODEL", "--experts", "OWN", "A" * 80], "context ends at 64"),
@@ -590,3 +452,244 @@ def test_one_file_is_enough(tmp_path):
     (tmp_path / "transformer2.py").write_text(Path(t2.__file__).read_text())
     code = "import transformer2, sys; assert not {'train_expert', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+
+# --- pictures
+
+def seeing(family):
+    """A random vision-language model and its processor."""
+    torch.manual_seed(0)
+    tokenizer = train_expert.tiny_tokenizer([WORDS, "What is 1 plus 2? Hello", "0123456789ABCDEFGH"])
+    tokenizer.add_tokens("<image> <fake_token_around_image> <global-img> <end_of_utterance>".split(), special_tokens=True)
+    text, image = {**FAMILIES["llama"].to_dict(), "vocab_size": len(tokenizer)}, len(tokenizer) - 4
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16)
+    if family == "llava":
+        config = LlavaConfig(vision_config=dict(vision, model_type="clip_vision_model", patch_size=8), text_config=text,
+                             image_token_index=image, vision_feature_layer=-1)
+        images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+        processor = LlavaProcessor(images, tokenizer, 8, "default", tokenizer.chat_template, num_additional_image_tokens=1)
+    else:
+        config = Idefics3Config(text_config=text, vision_config=dict(vision, patch_size=4, initializer_range=0.2),
+                                image_token_id=image, pad_token_id=0, scale_factor=2)
+        size = {"longest_edge": 16}
+        images = Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
+        processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template)
+    return AutoModelForImageTextToText.from_config(config).float().eval(), processor
+
+def show(seed, text):
+    noise = np.random.default_rng(seed).integers(0, 256, (16, 16 + seed, 3), dtype=np.uint8)
+    return train_expert.say({"image": lambda: Image.fromarray(noise), "question": text})
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_pictures(family):
+    model, processor = seeing(family)
+    conversations = [show(1, "What is 1 plus 2?"), show(2, "Hello ABC"), show(3, "Hello")]
+    inputs = t2.encode(model, processor, conversations)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        assert relative(t2.apply_svf(model, "all")(**inputs).logits, before) < 1e-4
+    assert not any("vision" in n or "projector" in n or "connector" in n for n in t2.svf_layers(model))
+    say = lambda shown, expert: t2.generate(model, processor, shown, expert=expert, max_new_tokens=8)
+    a, b = random_expert(model, 1, size=2.0), random_expert(model, 2, size=2.0)
+    mixed = say(conversations, [a, None, b])
+    assert mixed == [say([c], e)[0] for c, e in zip(conversations, [a, None, b])] and len(set(mixed)) == 3
+    others = [show(9, "What is 1 plus 2?"), show(8, "Hello ABC"), show(7, "Hello")]
+    assert say(others, [a, None, b]) != mixed  # it does look
+    answers = t2.two_pass(model, processor, conversations, {"red": a, "blue": b}, classifier=b, max_new_tokens=8)
+    assert [text for _, text in answers] == say(conversations, [{"red": a, "blue": b}.get(c) for c, _ in answers])
+    task = t2.Task("toy", lambda split: [{"c": c} for c in conversations * 8], lambda p: p["c"], lambda text, p: 1.0 if
+                   text.strip()[:1].isdigit() else -0.1, max_new_tokens=1)
+    expert = t2.reinforce(model, processor, task, steps=24, batch_size=24, lr=5e-2, validate_every=8)
+    assert t2.evaluate(model, processor, task, task.problems("test"), expert=expert) > 0.9
+
+@pytest.mark.parametrize("source", ["no.png", __file__, lambda: Image.open("no.png")])
+def test_a_picture_that_does_not_load(source):
+    with pytest.raises(t2.Transformer2Error, match="check its .* pictures: .*(no.png|test_transformer2.py)"):
+        t2.generate(*seeing("llava"), [train_expert.say({"image": source, "question": "Hello"})])
+
+def test_vqa_reward_and_data(monkeypatch, capsys):
+    import datasets
+    people = {"answers": ["Two"] * 2 + ["2"] + ["the t-shirt."] * 3 + ["x"] * 4}
+    assert [train_expert.vqa_accuracy(text, people) for text in ("Two.", "a T-Shirt", "y")] == pytest.approx([0.9, 0.9, 0])
+    rows = [{"image": Image.new("L", (4, i + 1)), "question": "?", "answers": ["x"] * 6 * (i < 40)} for i in range(41)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args: {"val2014": datasets.Dataset.from_list(rows)})
+    task = train_expert.get_task("okvqa")
+    problems = task.problems("train")
+    assert [p["image"]().size[1] for p in problems] == [1, 17, 33] and "row 16" in repr(problems[1]["image"])
+    assert [task.reward(text, problems[0]) for text in ("X.", "no")] == [1.0, -0.1]
+    assert len(task.problems("validation")) == 2 and "1 of 3 problems left out" in capsys.readouterr().err
+    with pytest.raises(t2.Transformer2Error, match="no split or column 'train'|'validation'"):
+        train_expert.get_task("textvqa").problems("test")
+
+def test_experts_of_half_the_layers():
+    model = t2.apply_svf(make(), train_expert.last_blocks(make(), "mlp", 0.5))
+    assert {name.split(".")[2] for name in t2.svf_layers(model)} == {"1"} and len(t2.svf_layers(model)) == 3
+    whole = t2.apply_svf(make())
+    with t2.use_expert(model, random_expert(model)), t2.use_expert(whole, random_expert(model)):
+        assert relative(logits(whole), logits(model)) < 1e-4
+
+# --- the benchmark: python test_transformer2.py [--model DIR] [--json FILE]
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors alive at a time inside; fake tensors, which are only shapes, count like real ones."""
+    def __init__(self, *models):
+        super().__init__()
+        self.alive, self.now, self.most = set(), 0, 0
+        self.count([t for model in models for t in (*model.parameters(), *model.buffers())])
+
+    def count(self, made):
+        for storage in (t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
+            if (key := storage._cdata) not in self.alive:
+                self.change(self.alive.add, key, storage.nbytes())
+                weakref.finalize(storage, self.change, self.alive.discard, key, -storage.nbytes())
+
+    def change(self, note, key, size):
+        note(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count(made := function(*args, **kwargs or {}))
+        return made
+
+def our_step(model, inputs, completions, rewards, micro=16, **hyper):
+    """accumulate_gradient on given tokens; 16 rows of 128 tokens are its micro-batch by default."""
+    groups = [list(range(i, min(i + micro, len(rewards)))) for i in range(0, len(rewards), micro)]
+    parts = [(rows, {key: value[rows] for key, value in inputs.items()}) for rows in groups]
+    answers = [(c, "", r) for c, r in zip(completions, rewards)]
+    with mock.patch.object(t2, "batches", lambda *_: parts):
+        t2.accumulate_gradient(model, None, toy(None), [{"question": ""}] * len(answers), answers, t2.Hyperparameters(**hyper))
+
+def textbook_step(model, inputs, completions, rewards, micro=16, pairs=()):
+    """The same by autograd through whole rows with all their logits. pairs: (dense layer, SVFLinear) of the composed form
+    as in the released code: W' = U diag(s z) Vᵀ goes into the dense model, its gradient is pulled back to z."""
+    for linear, layer in pairs:
+        linear.weight = nn.Parameter(layer.U * (layer.s * layer.z).detach() @ layer.Vh)
+    ids, T = torch.cat([inputs["input_ids"], torch.tensor(completions, device=model.device)], 1), len(completions[0])
+    advantages = torch.tensor(rewards, device=model.device) - np.mean(rewards)
+    for i in range(0, len(ids), micro):
+        logp = F.log_softmax(model(input_ids=ids[i : i + micro]).logits[:, -T - 1 : -1].float(), -1)
+        taken = logp.gather(-1, ids[i : i + micro, -T:, None]).sum((1, 2))
+        (-(taken * advantages[i : i + micro]).sum() / len(ids)).backward()
+    for linear, layer in pairs:
+        layer.z.grad = ((layer.U.T @ linear.weight.grad) * layer.Vh).sum(1) * layer.s
+
+def llama(vocabulary, width, inner, layers, heads, groups, tied=True):
+    return LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+                       num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=tied)
+
+SHAPES = {"Qwen2.5-0.5B": llama(151936, 896, 4864, 24, 14, 2), "Qwen2.5-1.5B": llama(151936, 1536, 8960, 28, 12, 2),
+          "Qwen2.5-3B": llama(151936, 2048, 11008, 36, 16, 2), "Llama-3-8B": llama(128256, 4096, 14336, 32, 32, 8, False)}
+
+def counted_memory(config):
+    """GiB of dense and of factored weights, and at the peak of a step on one row of 1,024 tokens, with the KL and
+    checkpointing, in bfloat16: the step itself runs, on fake tensors."""
+    with FakeTensorMode(), contextlib.suppress(DataDependentOutputException):  # of the means that it returns
+        model, half = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), torch.ones(1, 512, dtype=torch.long)
+        sizes = [Peak(model).now, Peak(t2.apply_svf(model, checkpointing=True)).now]
+        with Peak(model) as peak:
+            our_step(model, {"input_ids": half, "attention_mask": half}, [[5] * 512], [1.0], kl_coef=0.1)
+    return [size / 2**30 for size in (*sizes, peak.most)]
+
+def benchmark():
+    parser = argparse.ArgumentParser(description="Speed and memory, each as a ratio to something real in the same run.")
+    parser.add_argument("--model", default="tiny", help="as for train_expert.py")
+    parser.add_argument("--json", help="also write the table to this file")
+    args, table = parser.parse_args(), []
+    cuda = torch.cuda.is_available()
+
+    def rows(title, unit, values):  # ratios are to the first
+        for name, value in values.items():
+            table.append({"what": f"{title}: {name}", "unit": unit, "value": value, "ratio": value / [*values.values()][0]})
+            print(f"{table[-1]['ratio']:8.2f} x {value:12.3f} {unit:9} {title}: {name}", flush=True)
+
+    def seconds(ways, repeats=3):  # medians; the ways take turns, so that a slow moment of the machine meets them all
+        times = np.zeros((repeats + 1, len(ways)))
+        for i, j in np.ndindex(*times.shape):
+            start = time.time()
+            [*ways.values()][j]()
+            torch.cuda.synchronize() if cuda else None
+            times[i, j] = time.time() - start
+        return dict(zip(ways, np.median(times[1:], 0).tolist()))  # the first round warms up
+
+    def memory(way, *models):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with Peak(*models) as peak:
+            way()
+        return (torch.cuda.max_memory_allocated() if cuda else peak.most) / 2**30
+
+    dense, processor = train_expert.load_model(args.model)
+    print(f"{args.model} on {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}, medians of 3")
+    weights = [m.weight for name, m in dense.named_modules() if re.search(t2.TARGETS["mlp"], name) and hasattr(m, "weight")]
+    with tempfile.TemporaryDirectory() as cache:
+        rows("decompose the MLPs", "s", seconds({
+            "torch.linalg.svd": lambda: [torch.linalg.svd(W.float(), full_matrices=False) for W in weights],
+            "apply_svf": lambda: t2.apply_svf(copy.deepcopy(dense)),
+            "apply_svf, cached": lambda: t2.apply_svf(copy.deepcopy(dense), "mlp", cache)}))
+
+    torch.manual_seed(0)
+    model, composed = t2.apply_svf(copy.deepcopy(dense)), copy.deepcopy(dense).requires_grad_(False)
+    saving = t2.apply_svf(copy.deepcopy(dense), checkpointing=True)
+    pairs = [(composed.get_submodule(name), layer) for name, layer in t2.svf_layers(model).items()]
+    ids = torch.randint(min(1000, dense.config.vocab_size), (64, 128), device=dense.device)
+    def step(way, model, count=8, **more):
+        inputs = {"input_ids": ids[:count, :64], "attention_mask": torch.ones_like(ids[:count, :64])}
+        return lambda: way(model, inputs, ids[:count, 64:].tolist(), [(-1.0) ** i for i in range(count)], **more)
+    ways = {"composed form": step(textbook_step, composed, pairs=pairs), "ours": step(our_step, model),
+            "ours, checkpointing": step(our_step, saving), "ours, with the KL": step(our_step, model, kl_coef=0.1),
+            "composed form, one row at a time": step(textbook_step, composed, pairs=pairs, micro=1),
+            "ours, one row at a time": step(our_step, model, micro=1)}
+    models = [(composed, model), (model,), (saving,), (model,), (composed, model), (model,)]
+    try:
+        from peft import LoraConfig, get_peft_model
+        config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+        models.append((get_peft_model(copy.deepcopy(dense), config),))
+        ways["PEFT LoRA, rank 16 on q and v"] = step(textbook_step, *models[-1])
+    except ImportError:
+        print("no PEFT LoRA to compare with: pip install peft")
+    rows("training step, 8 rows of 128 tokens", "s", seconds(ways))
+    rows("its peak memory", "GiB", {name: memory(way, *used) for (name, way), used in zip(ways.items(), models)})
+    rows("training step, 64 rows", "s", seconds({"composed form": step(textbook_step, composed, 64, pairs=pairs),
+                                                 "ours": step(our_step, model, 64)}))
+
+    for m in (dense, model):
+        m.generation_config.eos_token_id = 1 << 40  # every answer has its full length
+    asked, experts = [say(f"What is {i} plus {i + 1}?") for i in range(24)], [random_expert(model, i, 0.05) for i in range(3)]
+    with t2.use_expert(model, experts[0]):
+        folded = t2.merge_svf(copy.deepcopy(model))
+    answer = lambda expert, m=model, **how: lambda: t2.generate(m, processor, asked, expert=expert, **how)
+    times = seconds({"plain transformers": lambda: dense.generate(**t2.encode(dense, processor, asked), max_new_tokens=100,
+                                                                  do_sample=False, pad_token_id=0),
+                     "one expert, folded": answer(None, folded, max_new_tokens=100),
+                     "one expert": answer(experts[0], max_new_tokens=100),
+                     "three experts and none, mixed": answer([*experts, None] * 6, max_new_tokens=100)})
+    rows("generate 24 x 100 tokens", "tokens/s", {name: 2400 / t for name, t in times.items()})
+    passes = {"pass 2, 150-token answers": answer([*experts, None] * 6, max_new_tokens=150),
+              "pass 1": lambda: t2.classify(model, processor, asked, ["reasoning", "math", "code", "other"])}
+    rows("two passes over 24 prompts", "s", seconds(passes))
+    seen = []
+    with mock.patch.object(model.base_model, "forward", lambda *a, run=model.base_model.forward, **k: seen.append(
+            k["input_ids"].numel()) or run(*a, **k)):
+        counts = {name: (seen.clear(), way(), sum(seen))[-1] for name, way in passes.items()}
+    rows("token-forwards", "", counts)
+
+    task, found = toy(lambda text, p: float(len(text) % 3 == 0), max_new_tokens=8), []
+    def search():
+        found.append(t2.few_shot(model, processor, task, task.problems("train")[:10], dict(enumerate(experts)),
+                                 population=16, iterations=3)[1])
+    def one_by_one(way, join):
+        return lambda m, p, t, many, *rows, expert=None: join([way(m, p, t, many[i : i + 10], *[r[i] for r in rows], **(
+            {"expert": expert[i]} if expert else {})) for i in range(0, len(many), 10)])
+    def slow_search():
+        with mock.patch.object(t2, "rollout", one_by_one(t2.rollout, lambda parts: sum(parts, []))), \
+             mock.patch.object(t2, "solution_likelihood", one_by_one(t2.solution_likelihood, np.concatenate)):
+            search()
+    rows("cross-entropy search, 3 x 16 candidates", "s", seconds({"one at a time": slow_search, "in batches": search}))
+    assert all(torch.allclose(alphas, found[0]) for alphas in found), "the search must find the same in both ways"
+    for name, config in SHAPES.items():
+        rows(f"GiB of {name}, counted", "GiB", dict(zip(("dense", "factored", "training step"), counted_memory(config))))
+    if args.json:
+        Path(args.json).write_text(json.dumps(table, indent=1))
+
+if __name__ == "__main__":
+    benchmark()

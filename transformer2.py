@@ -2,15 +2,14 @@
 Transformer²: self-adaptive language models, in one file to be read beside the paper: Sun, Cetin, Tang,
 "Transformer-Squared: Self-adaptive LLMs", ICLR 2025, https://arxiv.org/abs/2501.06252
 
-Each weight matrix is split once into singular components, W = U diag(s) Vᵀ; a vector z, one number for each, rescales
-them: W' = U diag(s * z) Vᵀ. The z's of all matrices are an *expert*, all that ever trains, by reinforcement learning on
-the model's own answers. At inference a first pass decides which expert, or which mixture, the prompt needs, and a second
-answers with it. A conversation is a list of {"role", "content"}; a processor what AutoTokenizer or AutoProcessor gives.
+Each weight matrix is split once into singular components, W = U diag(s) Vᵀ; a vector z, a number for each, rescales
+them: W' = U diag(s * z) Vᵀ. The z's of all matrices are an *expert*, all that trains, by reinforcement learning on the
+model's own answers. At inference a first pass decides which expert, or which mixture, a prompt needs; a second answers
+with it.
 Shapes: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C choices, r singular values.
 """
-import contextlib, hashlib, inspect, os, re, sys, tempfile, time
+import contextlib, functools, hashlib, inspect, os, re, sys, tempfile, time
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -75,16 +74,15 @@ class SVFLinear(nn.Module):
         self.z = nn.Parameter(torch.ones_like(self.s))
         self.using = None  # what use_expert puts in the place of z: (r,), or (B, 1, r) for one z per row
 
-    def scale(self):
-        return self.s * (self.z if self.using is None else self.using)
-
+    def current(self):
+        return self.z if self.using is None else self.using
     @property
     def weight(self):
         """W' composed, (out, in), for code that reads a layer's weight."""
-        return ((self.U.float() * self.scale()) @ self.Vh.float()).to(self.U.dtype)
+        return ((self.U.float() * (self.s * self.current())) @ self.Vh.float()).to(self.U.dtype)
 
     def forward(self, x):
-        scale = self.scale()  # float32, so that small steps of z are not rounded away in bfloat16
+        scale = self.s * self.current()  # float32, so that small steps of z are not rounded away in bfloat16
         if scale.dim() == 3 and (x.dim() != 3 or len(x) != len(scale)):
             raise Transformer2Error("this model's layers do not see rows apart: use one expert for the whole batch")
         return F.linear((F.linear(x, self.Vh) * scale).to(x.dtype), self.U, self.bias)
@@ -92,7 +90,6 @@ class SVFLinear(nn.Module):
 TEXT = r"^(?!.*(vision|visual|image|audio|multi_modal|projector|connector)).*"
 TARGETS = {"mlp": TEXT + r"\b(mlp|ffn|feed_forward|fc1|fc2|fc_in|fc_out)(\.|$)",
            "attention": TEXT + r"\b(self_attn|attn|attention|self_attention)\.", "all": TEXT}
-
 def apply_svf(model, targets="mlp", cache_dir=None, checkpointing=False):
     """In place: freezes everything and replaces every matching nn.Linear or Conv1D by an SVFLinear. Returns the model.
     targets: "mlp", "attention", "all" (these spare a vision tower), or a regular expression over module names; the
@@ -100,10 +97,9 @@ def apply_svf(model, targets="mlp", cache_dir=None, checkpointing=False):
     the backward pass and compute the rest again. Raises Transformer2Error if nothing matches."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))
                and m is not model.get_output_embeddings() and not name.endswith("lm_head")}
-    found = []
+    found, pattern = [], TARGETS.get(targets, targets)
     with contextlib.suppress(re.error):  # what is no regular expression matches nothing
-        pattern = re.compile(TARGETS.get(targets, targets))
-        found = [name for name, m in linears.items() if pattern.search(name) and m.weight.element_size() > 1]
+        found = [name for name, m in linears.items() if re.search(pattern, name) and m.weight.element_size() > 1]
     if not found:
         raise Transformer2Error(f"targets {targets!r} match no linear layer (quantised ones do not count): use "
                                 f"{', '.join(TARGETS)} or a regular expression over names like {[*linears, 'none'][0]}")
@@ -111,17 +107,15 @@ def apply_svf(model, targets="mlp", cache_dir=None, checkpointing=False):
     for name in tqdm(found, desc="decomposing", leave=False, delay=2, disable=None):
         model.set_submodule(name, SVFLinear(linears.pop(name), cache_dir))
     for block in (m for m in model.modules() if checkpointing and isinstance(m, GradientCheckpointingLayer)):
-        block.forward = partial(recompute, block.forward, use_reentrant=False)
+        block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
     return model.eval()
 
 def svf_layers(model):
     """Layer name -> SVFLinear, in the model's order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SVFLinear)}
-
 def get_expert(model):
     """A detached copy of the current z's: layer name -> (r,)."""
-    return {name: (layer.z if layer.using is None else layer.using).detach().clone()
-            for name, layer in svf_layers(model).items()}
+    return {name: layer.current().detach().clone() for name, layer in svf_layers(model).items()}
 
 @contextlib.contextmanager
 def use_expert(model, expert):
@@ -129,17 +123,13 @@ def use_expert(model, expert):
     expert: None, the base model (z = 1); an Expert; or a list with one Expert-or-None for each row of the batch.
     Raises Transformer2Error for an expert that does not fit the model."""
     layers, mixed = svf_layers(model), isinstance(expert, list)
-    before = [layer.using for layer in layers.values()]
     experts = [check_expert(e or {}, layers, "the expert") for e in (expert if mixed else [expert])]
-    try:
+    with contextlib.ExitStack() as until_the_end:
         for name, layer in layers.items():
             ones = torch.ones_like(layer.s)
             z = torch.stack([e.get(name, ones).to(ones) for e in experts])  # (B, r)
-            layer.using = z[:, None] if mixed else z[0]
+            until_the_end.enter_context(mock.patch.object(layer, "using", z[:, None] if mixed else z[0]))
         yield
-    finally:
-        for layer, using in zip(layers.values(), before):
-            layer.using = using
 
 def check_expert(expert, layers, what):
     """The expert; raises Transformer2Error unless every z of it fits its layer."""
@@ -162,14 +152,12 @@ def load_expert(path, model=None):
         expert = torch.load(path, map_location="cpu", weights_only=True) if theirs else load_file(path)
     except Exception as e:  # a damaged file raises many kinds
         raise Transformer2Error(f"cannot read the expert {path}: {type(e).__name__}, {e}".splitlines()[0])
-    if theirs:  # learnable_params*.pt has names; policy_params*.pt numbers the MLP weights in the model's order
-        mlps = dict(enumerate(name for name in layers if "mlp" in name))
-        expert = {mlps.get(int(key.rpartition(".")[2])) if "module_list" in key else key.removesuffix(".weight"):
-                  p.detach().float().sigmoid() for key, p in expert.items()}
-    if theirs or model is not None:
-        check_expert(expert, layers, str(path))
-    norm = lambda name, z: layers[name].s.sum().cpu() / (layers[name].s.cpu() * z).sum()
-    return {name: z * norm(name, z) for name, z in expert.items()} if theirs else expert
+    if not theirs:
+        return expert if model is None else check_expert(expert, layers, path)
+    mlps = dict(enumerate(name for name in layers if "mlp" in name))  # policy_params*.pt numbers these, in this order,
+    expert = {mlps.get(int(key.rpartition(".")[2])) if "module_list" in key else key.removesuffix(".weight"):
+              p.detach().float().sigmoid() for key, p in expert.items()}  # and learnable_params*.pt has the names
+    return {k: z * (s := layers[k].s.cpu()).sum() / (s @ z) for k, z in check_expert(expert, layers, path).items()}
 
 def merge_svf(model):
     """In place: dense layers of their former class again, the current z folded in. Returns the model."""
@@ -194,7 +182,7 @@ class Task:
     hyper: dict = field(default_factory=dict)  # Hyperparameters that suit this task better than the paper's
 
 def tokenizer_of(processor):
-    """The tokenizer of a processor, made ready: left padding, a pad token, a chat template."""
+    """The tokenizer of what AutoProcessor or AutoTokenizer gives, ready: left padding, a pad token, a chat template."""
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.padding_side = "left"  # all completions of a batch start at the same column
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -204,7 +192,6 @@ def tokenizer_of(processor):
             "{{ bos_token or '' }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
             "{% if add_generation_prompt %}Assistant:{% endif %}")
     return tokenizer
-
 def context_of(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
@@ -225,47 +212,43 @@ def encode(model, processor, conversations, prefill=""):
         inputs = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt", **how,
                                                add_generation_prompt=not prefill, continue_final_message=bool(prefill))
     except Exception as e:  # a picture that does not load, a role that the template does not know: of many kinds
-        raise Transformer2Error(f"a prompt cannot be encoded for this model: {e}".splitlines()[0])
+        raise Transformer2Error(f"a prompt cannot be encoded, check its roles and pictures: {e}".splitlines()[0])
     if (P := inputs["input_ids"].shape[1]) >= context_of(model):
         raise Transformer2Error(f"a prompt has {P} tokens, but the model's context ends at {context_of(model)}: cut it")
-    known = inputs if sees else ("input_ids", "attention_mask")  # not the token_type_ids of some text tokenizers
-    return {key: inputs[key].to(model.device) for key in known}
+    kept = inputs if sees else ("input_ids", "attention_mask")  # not the token_type_ids of some text tokenizers
+    return {key: inputs[key].to(model.device) for key in kept}
 
 def batches(model, processor, conversations, prefill, extra=0, budget=16384):
     """(row numbers, encoded prompts) of groups of at most `budget` tokens, padding and `extra` per row counted."""
     chunks = (conversations[i : i + 256] for i in range(0, len(conversations), 256))  # not all pictures at once
-    lengths = [encode(model, processor, chunk, prefill)["attention_mask"].sum(1).cpu().numpy() for chunk in chunks]
-    lengths, groups = np.concatenate([[], *lengths]) + extra, []
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
-            groups.append([])
-        groups[-1].append(i)
+    masks = (encode(model, processor, chunk, prefill)["attention_mask"] for chunk in chunks)
+    lengths = np.add([length for mask in masks for length in mask.sum(1).tolist()], extra)
+    groups, order = [], np.argsort(-lengths, kind="stable").tolist()
+    while order:  # a group's first row is its longest
+        n = max(1, int(budget // lengths[order[0]]))
+        groups, order = [*groups, order[:n]], order[n:]
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
         yield rows, encode(model, processor, [conversations[i] for i in rows], prefill)
 
 STRETCH = 1 << 24  # numbers in a (B, t, V) tensor, 64 MB: vocabularies are large, so t of T steps get theirs at a time
-
 def network(model, inputs, completions):
-    """Runs the network up to its output head over prompts (from encode) and completions (B lists of token ids). Returns
-    hidden states (B, T, d) where the completions' tokens are predicted; head, which makes log π(· | prompt, earlier
-    tokens), float32 (B, t, V), of those of t steps; slices of t steps; the tokens and their mask, (B, T, 1)."""
-    T, device = max(map(len, completions)), inputs["input_ids"].device
-    tokens = torch.tensor([c + [0] * (T - len(c)) for c in completions], device=device)
-    mask = torch.tensor([[1] * len(c) + [0] * (T - len(c)) for c in completions], device=device)
-    more = {"input_ids": tokens[:, :-1], "attention_mask": mask[:, :-1]}  # the last token is only predicted
-    full = {key: torch.cat([value, more.get(key, torch.zeros_like(mask[:, :-1]))], 1)
-            if value.shape == inputs["input_ids"].shape else value for key, value in inputs.items()}
+    """Runs all but the output head over prompts (from encode) and completions (B lists of token ids). Returns hidden
+    states (B, T, d) where the completions' tokens are predicted; head, which makes of t steps of them log π(· |
+    prompt, earlier tokens), float32 (B, t, V); slices of t steps; the tokens and their mask, both (B, T, 1)."""
+    (B, P), T, device = inputs["input_ids"].shape, max(map(len, completions)), inputs["input_ids"].device
+    tokens = torch.tensor([c + [0] * (T - len(c)) for c in completions], device=device)[..., None]  # (B, T, 1)
+    mask = torch.tensor([[1] * len(c) + [0] * (T - len(c)) for c in completions], device=device)[..., None]
+    full = {key: F.pad(value, (0, T - 1)) if value.shape == (B, P) else value for key, value in inputs.items()}
+    full["input_ids"][:, P:], full["attention_mask"][:, P:] = tokens[:, :-1, 0], mask[:, :-1, 0]  # not the last
     if len(full) == 2 and "position_ids" in inspect.signature(model.forward).parameters:
         full["position_ids"] = (full["attention_mask"].cumsum(1) - 1).clamp(min=0)  # from the first real token on
     trunk = getattr(model.base_model, "decoder", model.base_model)  # OPT's is one level down
     outputs = trunk(**full, use_cache=False)
-    def head(hidden):
-        part = replace(outputs, last_hidden_state=hidden)
-        with mock.patch.object(trunk, "forward", lambda *_, **__: part):  # what the model does after it, whatever it is
+    def head(hidden):  # what the model does after its trunk, whatever it is
+        with mock.patch.object(trunk, "forward", lambda *_, **__: replace(outputs, last_hidden_state=hidden)):
             return F.log_softmax(model(use_cache=False).logits.float(), dim=-1).to(device)
-    t = max(1, STRETCH // (len(tokens) * model.config.get_text_config().vocab_size))
-    steps = [slice(i, i + t) for i in range(0, T, t)]
-    return outputs.last_hidden_state[:, -T:], head, steps, tokens[..., None], mask[..., None]
+    t = max(1, STRETCH // (B * model.config.get_text_config().vocab_size))
+    return outputs.last_hidden_state[:, -T:], head, [slice(i, i + t) for i in range(0, T, t)], tokens, mask
 
 def continuation(processor, prefill, text):
     """The tokens of `text` after `prefill`; tokenizers disagree on where the space goes, so ask for both together."""
@@ -274,9 +257,9 @@ def continuation(processor, prefill, text):
     return ids(f"{stub} {text}".lstrip())[len(ids(stub)):]
 
 def log_choices(model, processor, inputs, prefill, choices):
-    """Log-probability of each choice among the choices, (B, 1, C), rows normalised; and more, as network returns it.
-    Choices count up to the token that tells them apart, so what is asked is the next token after each beginning that
-    several share. Mostly that is the empty one: category names and answer letters cost one pass over the prompt."""
+    """As network, but the "hidden states", (B, 1, C), are log π of the choices among themselves already. They count up
+    to the token that tells them apart, so what is asked is the next token after each beginning that several share.
+    Mostly that is the empty one: category names and answer letters cost one pass over the prompt."""
     end = tokenizer_of(processor).eos_token_id or 0  # tells "math" from "mathematics"
     ids = [(*continuation(processor, prefill, choice), end) for choice in choices]
     starts = [i[:t] for i in ids for t in range(len(i))]
@@ -289,23 +272,24 @@ def log_choices(model, processor, inputs, prefill, choices):
     return F.log_softmax(scores, dim=-1), lambda logp: logp, [slice(None)], every, torch.ones_like(scores[:, :, :1])
 
 def draw(scores, uniform):
-    """Draws from softmax(scores), (B, V), with a random number per row, (B, 1): the first that the running sum passes."""
+    """Draws from softmax(scores), (B, V), by a random number a row, (B, 1): the first that the running sum passes."""
     reached = scores.float().softmax(-1).cumsum(-1)
     return (reached > uniform.to(scores.device) * reached[:, -1:]).int().argmax(-1, keepdim=True)
 
 @torch.no_grad()
 def generate(model, processor, conversations, *, expert=None, max_new_tokens=256, temperature=0.0, prefill="",
              choices=None, uniforms=None, return_tokens=False):
-    """Answers conversations in batches: a list of completions, without the prompt and the prefill.
-    expert: None (the base model), an Expert, or a list with one Expert-or-None per conversation. temperature: 0 is
-    greedy, above 0 draws. choices: take one of these instead. uniforms: (len(conversations), max_new_tokens), random
-    numbers that draw the tokens, so that no answer depends on its batch; made here if absent. return_tokens: (token ids,
-    text) of each, where the token of a choice is its number. Raises Transformer2Error as encode and use_expert do."""
+    """The completions of conversations (lists of {"role", "content"}). expert: None (the base model), an Expert, or a
+    list with one Expert-or-None per conversation. temperature: 0 is greedy. choices: answers with one of these.
+    uniforms: (len(conversations), max_new_tokens), random numbers that draw the tokens, so that no answer depends on
+    its batch. return_tokens: (token ids, text) of each. Raises Transformer2Error as encode and use_expert do."""
     tokenizer, answers = tokenizer_of(processor), [None] * len(conversations)
     uniforms = torch.rand(len(conversations), max_new_tokens) if uniforms is None else uniforms
     end = np.ravel(model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()
     how = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=end,
                pad_token_id=tokenizer.pad_token_id)  # whatever the model's own settings say
+    if getattr(processor, "image_token_id", None) is not None:  # drawn, it would ask for one more picture
+        how["suppress_tokens"] = [processor.image_token_id]
     for rows, inputs in batches(model, processor, conversations, prefill, 0 if choices else max_new_tokens):
         P = inputs["input_ids"].shape[1]
         def pick(ids, scores):  # rules out all but the token drawn
@@ -317,11 +301,11 @@ def generate(model, processor, conversations, *, expert=None, max_new_tokens=256
                 tokens = draw(logp / temperature, uniforms[rows, :1]) if temperature else logp.argmax(1, keepdim=True)
                 texts = [choices[c] for c in tokens]
             else:
-                how["max_new_tokens"] = min(max_new_tokens, context_of(model) - P)
-                tokens = model.generate(**inputs, **how, logits_processor=[pick] if temperature else [])[:, P:]
+                tokens = model.generate(**inputs, **how, max_new_tokens=min(max_new_tokens, context_of(model) - P),
+                                        logits_processor=[pick] if temperature else [])[:, P:]
                 texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for i, row, text in zip(rows, tokens.tolist(), texts):
-            stop = next((t + 1 for t, token in enumerate(row) if token in end and not choices), len(row))
+            stop = next((t + 1 for t, token in enumerate(row) if token in end), len(row))
             answers[i] = (row[:stop], text) if return_tokens else text
     return answers
 
@@ -330,17 +314,15 @@ def rollout(model, processor, task, problems, **how):
     answers = generate(model, processor, [task.conversation(p) for p in problems], prefill=task.prefill,
                        max_new_tokens=task.max_new_tokens, choices=task.choices, return_tokens=True, **how)
     return [(tokens, text, task.reward(text, p)) for (tokens, text), p in zip(answers, problems)]
-
 def evaluate(model, processor, task, problems, *, expert=None):
     """Mean accuracy of greedy answers in [0, 1]; a negative reward counts as 0. expert: as for generate."""
     mine = expert[MINE] if isinstance(expert, list) else expert
     right = [max(reward, 0.0) for *_, reward in rollout(model, processor, task, problems[MINE], expert=mine)]
-    return all_sum(torch.tensor(sum(right), device=model.device)).item() / len(problems)
+    return (all_sum(torch.tensor(right, dtype=torch.float32, device=model.device).sum()) / len(problems)).item()
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 MINE = slice(RANK, None, WORLD)  # this process's share of all rows
-def all_sum(x):
-    """The sum of a tensor over torchrun's processes, in place."""
+def all_sum(x):  # of a tensor over all processes, in place
     return x if WORLD == 1 else distributed.all_reduce(x) or x
 
 # ---- Section 3.1, reinforcement learning: J(z) = E[ log π_W'(ŷ | x) r(ŷ, y) ] - λ KL(π_W' || π_W)  (eq. 1) ----
@@ -363,33 +345,30 @@ def policy_loss(logp, ref_logp, actions, mask, advantages, kl_coef):
     logp, ref_logp: (B, T, V), log π_W' and log π_W (or None, λ = 0). actions: (B, T, A), the one taken at each step
     (A = 1), or all that were possible. mask: (B, T, 1), 1 where a row has a step. advantages: (B, A), the rewards r."""
     taken = (logp.gather(-1, actions) * mask).sum(1)  # (B, A)
-    if ref_logp is None:
-        return -(taken * advantages).sum(), 0.0
-    kl = ((logp.exp() * (logp - ref_logp)).sum(-1, keepdim=True) * mask).sum()  # over the whole vocabulary
+    kl = 0.0 if ref_logp is None else ((logp.exp() * (logp - ref_logp)).sum(-1, keepdim=True) * mask).sum()
     return kl_coef * kl - (taken * advantages).sum(), kl
 
 def accumulate_gradient(model, processor, task, problems, answers, hp):
-    """Adds the gradient of the problems' mean loss to each z; returns mean reward, accuracy and KL. Each of several
-    processes brings its own problems: the means are over all, the gradients are still to be summed.
-    answers: from rollout; none for a task with choices. These are one step over a vocabulary of C actions, so few that
-    the expectation of eq. 1 is taken exactly: every action counts as often as its probability says."""
+    """Adds the gradient of the problems' mean loss to each z; returns mean reward, accuracy and KL. Processes bring
+    their own problems: means are over all, gradients still to be summed. answers: from rollout; none for a task with
+    choices, actions so few that eq. 1's expectation is exact: each counts as often as its probability says."""
     rewards = torch.tensor([[task.reward(choice, p) for choice in task.choices] for p in problems] if task.choices else
                            [[reward] for *_, reward in answers], dtype=torch.float32, device=model.device)  # (B, A)
-    n, total = all_sum(torch.tensor([len(rewards), rewards.sum()], device=model.device)).tolist()
-    baseline, sums = total / n if hp.baseline and not task.choices else 0.0, torch.zeros(3, device=model.device)
+    n, sums = all_sum(torch.tensor(float(len(rewards)), device=model.device)), torch.zeros(3, device=model.device)
+    baseline = all_sum(rewards.sum()) / n if hp.baseline and not task.choices else 0.0
     conversations, lengths = [task.conversation(p) for p in problems], [len(tokens) for tokens, *_ in answers] or 0
     for rows, inputs in batches(model, processor, conversations, task.prefill, lengths, hp.token_budget):
-        policy = (partial(log_choices, model, processor, inputs, task.prefill, task.choices) if task.choices else
-                  partial(network, model, inputs, [answers[i][0] for i in rows]))
+        policy = lambda: (log_choices(model, processor, inputs, task.prefill, task.choices) if task.choices else
+                          network(model, inputs, [answers[i][0] for i in rows]))
         with torch.no_grad(), use_expert(model, None):  # the reference is the same model at z = 1
             reference = policy()[0] if hp.kl_coef else None
         hidden, head, stretches, actions, mask = policy()
         leaf = hidden.detach().requires_grad_()  # gathers the gradients, so that one stretch's log π exists at a time
-        for steps in stretches:
-            logp, ref_logp = head(leaf[:, steps]), None if reference is None else head(reference[:, steps])
-            chance = logp[:, 0].detach().exp() if task.choices else 1.0
-            advantages = chance * (rewards[rows] - baseline)
-            loss, kl = policy_loss(logp, ref_logp, actions[:, steps], mask[:, steps], advantages, hp.kl_coef)
+        chance = leaf[:, 0].detach().exp() if task.choices else 1.0  # (B, C), or the one action that was drawn
+        advantages = chance * (rewards[rows] - baseline)
+        for t in stretches:
+            logp, ref_logp = head(leaf[:, t]), None if reference is None else head(reference[:, t])
+            loss, kl = policy_loss(logp, ref_logp, actions[:, t], mask[:, t], advantages, hp.kl_coef)
             (loss / n).backward()
             sums[2] += kl
         hidden.backward(leaf.grad)
@@ -397,32 +376,28 @@ def accumulate_gradient(model, processor, task, problems, answers, hp):
     return (all_sum(sums) / n).tolist()
 
 def reinforce(model, processor, task, *, checkpoint=None, **hyperparameters):
-    """Trains an Expert on a task with REINFORCE (eq. 1), from the model's current z on; the model stays as it is.
-    Returns the Expert with the best validation accuracy. hyperparameters: fields of Hyperparameters. checkpoint: a file
-    for the state after every step; if it exists, training goes on from there, to the same end. Prints a line per step.
-    Raises Transformer2Error for a checkpoint of another run."""
+    """Trains an Expert with REINFORCE (eq. 1), from the model's current z on, and returns that of the best validation
+    accuracy; the model stays as it is. hyperparameters: fields of Hyperparameters. checkpoint: a file for the state
+    after every step; one that exists is resumed, to the same end. Raises Transformer2Error if it is of another run."""
     hp = Hyperparameters(**hyperparameters)
     problems, held_out = task.problems("train"), task.problems("validation")[: hp.validation_problems]
-    run = {"task": task.name, **asdict(hp)}
-    state = {"step": 0, "z": get_expert(model), "score": -1.0, "run": run}
+    state = start = {"step": 0, "z": get_expert(model), "score": -1.0, "run": {"task": task.name, **asdict(hp)}}
     if checkpoint and Path(checkpoint).exists():
         state = torch.load(checkpoint, map_location=model.device, weights_only=True)
-    if state.get("run") != run:
+    if state.get("run") != start["run"]:
         raise Transformer2Error(f"{checkpoint} was begun with {state.get('run')}: go on with the same")
     z = {name: x.clone().requires_grad_() for name, x in state["z"].items()}
     optimizer = torch.optim.AdamW(z.values(), weight_decay=0.0)
     optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
-    copy = lambda: {name: x.detach().clone() for name, x in z.items()}
     for step in range(state["step"], hp.steps + 1):  # step 0 only validates the start
         clock, line = time.time(), f"step {step:3d}"
         if step > 0:
             torch.manual_seed(hp.seed * 100003 + step)  # a step depends on its number alone, so it can be resumed
             batch = [problems[i] for i in torch.randperm(len(problems))[: hp.batch_size]]
-            uniforms, batch = torch.rand(len(batch), task.max_new_tokens)[MINE], batch[MINE]
-            how = dict(expert=copy(), temperature=1.0, uniforms=uniforms)
-            answers = [] if task.choices else rollout(model, processor, task, batch, **how)
+            how = dict(expert=z, temperature=1.0, uniforms=torch.rand(len(batch), task.max_new_tokens)[MINE])
+            answers = [] if task.choices else rollout(model, processor, task, batch[MINE], **how)
             with use_expert(model, z):
-                reward, accuracy, kl = accumulate_gradient(model, processor, task, batch, answers, hp)
+                reward, accuracy, kl = accumulate_gradient(model, processor, task, batch[MINE], answers, hp)
             for x in z.values():
                 x.grad = all_sum(torch.zeros_like(x) if x.grad is None else x.grad)
             norm = torch.nn.utils.clip_grad_norm_(z.values(), hp.max_grad_norm)
@@ -431,12 +406,12 @@ def reinforce(model, processor, task, *, checkpoint=None, **hyperparameters):
             optimizer.zero_grad()
             line += f"  reward {reward:+.3f}  accuracy {accuracy:6.1%}" + f"  KL {kl:.4f}" * (hp.kl_coef > 0)
             line += f"  gradient {norm:.2e}  {time.time() - clock:.1f} s"
+        state.update(step=step + 1, z={n: x.detach().clone() for n, x in z.items()}, optimizer=optimizer.state_dict())
         if step % hp.validate_every == 0 or step == hp.steps:
-            score = evaluate(model, processor, task, held_out, expert=z)
+            score = evaluate(model, processor, task, held_out, expert=state["z"])
             line += f"  validation {score:.1%}"
             if not score < state["score"]:  # of equals the later one: it had more training
-                state.update(score=score, best=copy())
-        state.update(step=step + 1, z=copy(), optimizer=optimizer.state_dict())
+                state.update(score=score, best=state["z"])
         tqdm.write(line)
         if RANK == 0 and checkpoint:
             write_whole(checkpoint, lambda tmp: torch.save(state, tmp))
@@ -446,7 +421,6 @@ def reinforce(model, processor, task, *, checkpoint=None, **hyperparameters):
 CATEGORY_PREFILL = "The category of this question is"
 CATEGORY_GUIDE = {"code": "asking for programming solutions", "math": "involving calculations",  # as the paper has it
                   "reasoning": "requiring logic or knowledge of science", "other": "of any other kind"}
-
 def category_question(conversation, categories):
     """The conversation of pass 1: the last turn, after the request to say which category it belongs to."""
     *earlier, last = conversation
@@ -483,32 +457,29 @@ def solution_likelihood(model, processor, task, problems, expert):
     """Log-likelihood of the right answers, one number per problem; expert: as for generate."""
     conversations, likelihood = [task.conversation(p) for p in problems], np.zeros(len(problems))
     ids = [continuation(processor, task.prefill, str(p.get("solution", p["answer"]))) for p in problems]
-    for rows, inputs in batches(model, processor, conversations, task.prefill, np.array([len(i) for i in ids])):
+    for rows, inputs in batches(model, processor, conversations, task.prefill, [*map(len, ids)]):
         with torch.no_grad(), use_expert(model, [expert[i] for i in rows] if isinstance(expert, list) else expert):
             hidden, head, stretches, tokens, mask = network(model, inputs, [ids[i] for i in rows])
-            for steps in stretches:
-                logp = head(hidden[:, steps]).gather(-1, tokens[:, steps])
-                likelihood[rows] += (logp * mask[:, steps]).sum((1, 2)).cpu().numpy()
+            for t in stretches:
+                likelihood[rows] += (head(hidden[:, t]).gather(-1, tokens[:, t]) * mask[:, t]).sum((1, 2)).tolist()
     return likelihood
 
 def few_shot(model, processor, task, problems, experts, *, population=32, iterations=20, per_layer=False, seed=0):
-    """Strategy C: the cross-entropy method (CEM) searches α for the best mixture on a few `problems`.
-    experts: name -> Expert. Candidates are ranked by accuracy, ties by the mean log-likelihood of the right answers;
-    all run in one batch, each row under its own z. The first population holds the base model and every single expert.
-    Returns the best Expert and its α, (K, 1) or with per_layer (K, blocks)."""
-    experts, rng, score = list(experts.values()), np.random.default_rng(seed), {}
-    shape = len(experts), model.config.get_text_config().num_hidden_layers if per_layer else 1
-    mean, std, population = np.full(shape, 1 / len(experts)), np.full(shape, 0.5), max(population, len(experts) + 1)
-    best = [np.zeros(shape), *(np.tile(row[:, None], shape[1]) for row in np.eye(len(experts)))]
+    """Strategy C: the cross-entropy method (CEM) searches α for the best mixture on a few `problems`. experts: name ->
+    Expert. Candidates are ranked by accuracy, ties by the mean log-likelihood of the right answers; all run in one
+    batch, each row under its own z. Returns the best Expert and its α, (K, 1) or with per_layer (K, blocks)."""
+    experts, K, rng = list(experts.values()), len(experts), np.random.default_rng(seed)
+    shape = K, model.config.get_text_config().num_hidden_layers if per_layer else 1
+    mean, std, population = np.full(shape, 1 / K), np.full(shape, 0.5), max(population, K + 1)
+    best, fresh = [], [*(np.eye(K + 1, K, -1)[..., None] * np.ones(shape))]  # α of the base model and of each expert
     for i in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
-        alphas = [*best, *(mean + std * rng.standard_normal((population - len(best), *shape)))]
-        fresh = [a for a in alphas if a.tobytes() not in score]  # the best so far has its score
+        fresh += [*(mean + std * rng.standard_normal((population - len(best + fresh), *shape)))]
         rows, many = [z for z in (mix(experts, a) for a in fresh) for _ in problems], list(problems) * len(fresh)
         right = [max(reward, 0.0) for *_, reward in rollout(model, processor, task, many, expert=rows)]
         likely = solution_likelihood(model, processor, task, many, rows)
-        means = np.reshape([right, likely], (2, len(fresh), -1)).mean(2).T.tolist()  # [accuracy, likelihood] of each
-        score.update(zip((a.tobytes() for a in fresh), means))
-        elite = sorted(alphas, key=lambda a: score[a.tobytes()], reverse=True)[: max(2, round(0.2 * population))]
-        mean, std, best = np.mean(elite, 0), np.std(elite, 0), elite[:1]
-        std = std + 0.2 * (1 - i / iterations)  # or CEM narrows down too early (Szita & Lőrincz, 2006)
-    return mix(experts, best[0]), torch.tensor(best[0], dtype=torch.float32)
+        scores = np.reshape([right, likely], (2, len(fresh), -1)).mean(2).T.tolist()  # [accuracy, likelihood] of each
+        ranked = sorted([*best, *zip(scores, fresh)], key=lambda pair: pair[0], reverse=True)
+        elite = [alphas for _, alphas in ranked[: max(2, round(0.2 * population))]]
+        best, fresh, mean = ranked[:1], [], np.mean(elite, 0)  # the best so far stays, with its score
+        std = np.std(elite, 0) + 0.2 * (1 - i / iterations)  # or CEM narrows down too early (Szita & Lőrincz, 2006)
+    return mix(experts, elite[0]), torch.tensor(elite[0], dtype=torch.float32)
