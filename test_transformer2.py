@@ -594,6 +594,7 @@ def benchmark():
     parser = argparse.ArgumentParser(description="Speed and memory, each as a ratio to something real in the same run.")
     parser.add_argument("--model", default="tiny", help="as for train_expert.py")
     parser.add_argument("--json", help="also write the table to this file")
+    parser.add_argument("--repeats", type=int, default=3, help="each figure is the median of so many")
     args, table = parser.parse_args(), []
     cuda = torch.cuda.is_available()
 
@@ -602,7 +603,7 @@ def benchmark():
             table.append({"what": f"{title}: {name}", "unit": unit, "value": value, "ratio": value / [*values.values()][0]})
             print(f"{table[-1]['ratio']:8.2f} x {value:12.3f} {unit:9} {title}: {name}", flush=True)
 
-    def seconds(ways, repeats=3):  # medians; the ways take turns, so that a slow moment of the machine meets them all
+    def seconds(ways, repeats=args.repeats):  # in turns, so that a slow moment of the machine meets them all
         times = np.zeros((repeats + 1, len(ways)))
         for i, j in np.ndindex(*times.shape):
             start = time.time()
@@ -619,7 +620,7 @@ def benchmark():
         return (torch.cuda.max_memory_allocated() if cuda else peak.most) / 2**30
 
     dense, processor = train_expert.load_model(args.model)
-    print(f"{args.model} on {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}, medians of 3")
+    print(f"{args.model} on {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}, medians of {args.repeats}")
     weights = [m.weight for name, m in dense.named_modules() if re.search(t2.TARGETS["mlp"], name) and hasattr(m, "weight")]
     with tempfile.TemporaryDirectory() as cache:
         rows("decompose the MLPs", "s", seconds({

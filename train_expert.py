@@ -202,8 +202,14 @@ def easy_vqa():
 # ---- Real tasks. Even training rows train and odd ones validate, as in the authors' code. Of a dataset with only a
 # test split every 16th row is "train" (for few-shot), those halfway between are "validation", the others "test". ----
 
+def decode(data, row, column):
+    try:
+        return data[row][column]
+    except Exception as error:  # of many kinds
+        raise Transformer2Error(f"the picture in row {row} of the dataset cannot be loaded: {error}")
+
 class Picture(partial):  # of a dataset, decoded when it is called: all of them together fill the memory
-    __repr__ = lambda self: f"in row {self.args[0]} of the dataset"
+    __repr__ = lambda self: f"in row {self.args[1]} of the dataset"
 
 def rows_of(path, config, prepare, split, held_out="test"):
     """The rows of a split as dicts, with what `prepare` adds to each; those without an `answer` are left out."""
@@ -219,7 +225,7 @@ def rows_of(path, config, prepare, split, held_out="test"):
     try:
         data = data["train" if step == 2 else held_out]
         pictures = [name for name, kind in data.features.items() if type(kind).__name__ == "Image"]
-        rows = [row | {name: Picture(lambda i, name: data[i][name], i, name) for name in pictures}
+        rows = [row | {name: Picture(decode, data, i, name) for name in pictures}
                 for i, row in enumerate(data.remove_columns(pictures)) if share.get(i % step, "test") == split]
         rows = [row | prepare(row) for row in rows]
     except KeyError as name:
@@ -376,7 +382,7 @@ def guarded(main):
     except KeyboardInterrupt:
         sys.exit(print("\nstopped; train_expert.py goes on from the last step with --resume", file=sys.stderr) or 130)
 
-TRAINING = ["steps", "batch_size", "token_budget", "lr", "kl_coef", "seed"]  # what of Hyperparameters the command line can set
+TRAINING = ["steps", "batch_size", "token_budget", "lr", "kl_coef", "validation_problems", "seed"]  # what of Hyperparameters the command line can set
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -386,6 +392,8 @@ def main():
     parser.add_argument("--layers", type=float, default=1.0, help="share of the blocks that train, the last ones: 0.5")
     for name in TRAINING:  # argparse takes --kl for --kl-coef
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(getattr(Hyperparameters, name)))
+    parser.add_argument("--test-problems", type=int, help="score on so many of the held-out problems; default: all")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer; default: the task's own limit")
     parser.add_argument("--checkpointing", action="store_true", help="less memory for activations, a third more time")
     parser.add_argument("--device-map", help="auto: spread a model over several GPUs (needs accelerate)")
     parser.add_argument("--out", type=Path, default=Path("experts"), help="experts land in OUT/<model>/")
@@ -408,7 +416,8 @@ def main():
     summary = []
     for task in tasks:
         path, clock = args.out / folder_name(args.model) / f"{task.name}.safetensors", time.time()
-        state, test = path.with_suffix(".state"), task.problems("test")
+        state, test = path.with_suffix(".state"), task.problems("test")[: args.test_problems]
+        task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
         if not args.resume and RANK == 0:
             state.unlink(missing_ok=True)
         print(f"\n{task.name}: the base model answers {len(test)} held-out problems")
@@ -418,7 +427,8 @@ def main():
         if RANK > 0:
             continue
         save_expert(expert, path, task=task.name, category=task.category or "", model=args.model, targets=args.targets,
-                    base=f"{base:.4f}", accuracy=f"{accuracy:.4f}", problems=len(test), **{**task.hyper, **given})
+                    layers=args.layers, base=f"{base:.4f}", accuracy=f"{accuracy:.4f}", problems=len(test),
+                    **{**task.hyper, **given})
         state.unlink(missing_ok=True)
         summary.append(f"{task.name:15} {base:7.1%} -> {accuracy:6.1%} {len(test):7} problems "
                        f"{path.stat().st_size:9,} B {time.time() - clock:6.0f} s  {path}")

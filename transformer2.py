@@ -2,10 +2,9 @@
 Transformer²: self-adaptive language models, in one file to be read beside the paper: Sun, Cetin, Tang,
 "Transformer-Squared: Self-adaptive LLMs", ICLR 2025, https://arxiv.org/abs/2501.06252
 
-Each weight matrix is split once into singular components, W = U diag(s) Vᵀ; a vector z, a number for each, rescales
+Each weight matrix is split once into singular components, W = U diag(s) Vᵀ; a vector z, one number for each, rescales
 them: W' = U diag(s * z) Vᵀ. The z's of all matrices are an *expert*, all that trains, by reinforcement learning on the
-model's own answers. At inference a first pass decides which expert, or which mixture, a prompt needs; a second answers
-with it.
+model's own answers. At inference a first pass decides which expert or mixture a prompt needs; a second answers with it.
 Shapes: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C choices, r singular values.
 """
 import contextlib, functools, hashlib, inspect, os, re, sys, tempfile, time
@@ -124,11 +123,12 @@ def use_expert(model, expert):
     Raises Transformer2Error for an expert that does not fit the model."""
     layers, mixed = svf_layers(model), isinstance(expert, list)
     experts = [check_expert(e or {}, layers, "the expert") for e in (expert if mixed else [expert])]
-    with contextlib.ExitStack() as until_the_end:
+    with contextlib.ExitStack() as at_the_end:
         for name, layer in layers.items():
             ones = torch.ones_like(layer.s)
             z = torch.stack([e.get(name, ones).to(ones) for e in experts])  # (B, r)
-            until_the_end.enter_context(mock.patch.object(layer, "using", z[:, None] if mixed else z[0]))
+            at_the_end.callback(setattr, layer, "using", layer.using)
+            layer.using = z[:, None] if mixed else z[0]
         yield
 
 def check_expert(expert, layers, what):
@@ -157,7 +157,7 @@ def load_expert(path, model=None):
     mlps = dict(enumerate(name for name in layers if "mlp" in name))  # policy_params*.pt numbers these, in this order,
     expert = {mlps.get(int(key.rpartition(".")[2])) if "module_list" in key else key.removesuffix(".weight"):
               p.detach().float().sigmoid() for key, p in expert.items()}  # and learnable_params*.pt has the names
-    return {k: z * (s := layers[k].s.cpu()).sum() / (s @ z) for k, z in check_expert(expert, layers, path).items()}
+    return {k: z * (s := layers[k].s.to(z)).sum() / (s @ z) for k, z in check_expert(expert, layers, path).items()}
 
 def merge_svf(model):
     """In place: dense layers of their former class again, the current z folded in. Returns the model."""
@@ -196,8 +196,8 @@ def context_of(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 def encode(model, processor, conversations, prefill=""):
-    """Chat template, then left-padded tensors on the model's device: input_ids, attention_mask (B, P), and images.
-    Raises Transformer2Error for a prompt longer than the context, and for a picture that cannot be shown."""
+    """Chat template, then left-padded tensors on the model's device: input_ids, attention_mask (B, P), images; of text
+    no token_type_ids. Raises Transformer2Error for a prompt longer than the context or a picture it cannot show."""
     tokenizer_of(processor)
     turns = [[*c, {"role": "assistant", "content": prefill}] if prefill else c for c in conversations]
     sees, how = hasattr(processor, "image_processor"), {"padding": True}
@@ -215,8 +215,7 @@ def encode(model, processor, conversations, prefill=""):
         raise Transformer2Error(f"a prompt cannot be encoded, check its roles and pictures: {e}".splitlines()[0])
     if (P := inputs["input_ids"].shape[1]) >= context_of(model):
         raise Transformer2Error(f"a prompt has {P} tokens, but the model's context ends at {context_of(model)}: cut it")
-    kept = inputs if sees else ("input_ids", "attention_mask")  # not the token_type_ids of some text tokenizers
-    return {key: inputs[key].to(model.device) for key in kept}
+    return {key: x.to(model.device) for key, x in inputs.items() if sees or key in ("input_ids", "attention_mask")}
 
 def batches(model, processor, conversations, prefill, extra=0, budget=16384):
     """(row numbers, encoded prompts) of groups of at most `budget` tokens, padding and `extra` per row counted."""
@@ -257,16 +256,15 @@ def continuation(processor, prefill, text):
     return ids(f"{stub} {text}".lstrip())[len(ids(stub)):]
 
 def log_choices(model, processor, inputs, prefill, choices):
-    """As network, but the "hidden states", (B, 1, C), are log π of the choices among themselves already. They count up
-    to the token that tells them apart, so what is asked is the next token after each beginning that several share.
-    Mostly that is the empty one: category names and answer letters cost one pass over the prompt."""
-    end = tokenizer_of(processor).eos_token_id or 0  # tells "math" from "mathematics"
-    ids = [(*continuation(processor, prefill, choice), end) for choice in choices]
+    """As network, but the "hidden states", (B, 1, C), are log π of the choices among themselves. They count up to the
+    token that tells them apart (the end tells "math" from "mathematics"), so what is asked is the next token after each
+    beginning that several share. Mostly that is the empty one: names and letters cost one pass over the prompt."""
+    ids = [(*continuation(processor, prefill, c), tokenizer_of(processor).eos_token_id or 0) for c in choices]
     starts = [i[:t] for i in ids for t in range(len(i))]
     scores = torch.zeros(len(inputs["input_ids"]), 1, len(ids), device=model.device)
     for start in dict.fromkeys(s for s in starts if starts.count(s) > 1 or not s):
         among = [c for c, i in enumerate(ids) if i[: len(start)] == start]
-        hidden, head, *_ = network(model, inputs, [[*start, end]] * len(scores))
+        hidden, head, *_ = network(model, inputs, [[*start, 0]] * len(scores))  # 0: the last is not read
         scores[:, :, among] += head(hidden[:, -1:])[:, :, [ids[c][len(start)] for c in among]]
     every = torch.arange(len(ids), device=model.device).expand(scores.shape)
     return F.log_softmax(scores, dim=-1), lambda logp: logp, [slice(None)], every, torch.ones_like(scores[:, :, :1])
@@ -279,17 +277,16 @@ def draw(scores, uniform):
 @torch.no_grad()
 def generate(model, processor, conversations, *, expert=None, max_new_tokens=256, temperature=0.0, prefill="",
              choices=None, uniforms=None, return_tokens=False):
-    """The completions of conversations (lists of {"role", "content"}). expert: None (the base model), an Expert, or a
-    list with one Expert-or-None per conversation. temperature: 0 is greedy. choices: answers with one of these.
-    uniforms: (len(conversations), max_new_tokens), random numbers that draw the tokens, so that no answer depends on
-    its batch. return_tokens: (token ids, text) of each. Raises Transformer2Error as encode and use_expert do."""
+    """Completions of conversations (lists of {"role", "content"}). expert: None (the base model), an Expert, or a list
+    with one Expert-or-None per conversation. temperature: 0 is greedy. choices: answers with one of these. uniforms:
+    (len(conversations), max_new_tokens), numbers that draw the tokens, so that no answer depends on its batch; random
+    if absent. return_tokens: (token ids, text) of each. Raises Transformer2Error as encode and use_expert do."""
     tokenizer, answers = tokenizer_of(processor), [None] * len(conversations)
     uniforms = torch.rand(len(conversations), max_new_tokens) if uniforms is None else uniforms
     end = np.ravel(model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()
     how = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=end,
-               pad_token_id=tokenizer.pad_token_id)  # whatever the model's own settings say
-    if getattr(processor, "image_token_id", None) is not None:  # drawn, it would ask for one more picture
-        how["suppress_tokens"] = [processor.image_token_id]
+               pad_token_id=tokenizer.pad_token_id,  # whatever the model's own settings say
+               suppress_tokens=[getattr(processor, "image_token_id", -1)])  # it would ask for one more picture
     for rows, inputs in batches(model, processor, conversations, prefill, 0 if choices else max_new_tokens):
         P = inputs["input_ids"].shape[1]
         def pick(ids, scores):  # rules out all but the token drawn
@@ -322,7 +319,7 @@ def evaluate(model, processor, task, problems, *, expert=None):
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 MINE = slice(RANK, None, WORLD)  # this process's share of all rows
-def all_sum(x):  # of a tensor over all processes, in place
+def all_sum(x):  # over torchrun's processes, in place
     return x if WORLD == 1 else distributed.all_reduce(x) or x
 
 # ---- Section 3.1, reinforcement learning: J(z) = E[ log π_W'(ŷ | x) r(ŷ, y) ] - λ KL(π_W' || π_W)  (eq. 1) ----
@@ -440,8 +437,7 @@ def two_pass(model, processor, conversations, experts, *, classifier=None, **opt
     experts: category -> Expert or None (the base weights); "other" is added for prompts of no category.
     classifier: z^c for strategy B, None for A. options: as for generate."""
     chosen = classify(model, processor, conversations, dict.fromkeys([*experts, "other"]), expert=classifier)
-    per_row = [experts.get(category) for category in chosen]
-    return list(zip(chosen, generate(model, processor, conversations, expert=per_row, **options)))
+    return list(zip(chosen, generate(model, processor, conversations, expert=[*map(experts.get, chosen)], **options)))
 
 def mix(experts, alphas):
     """z' = 1 + sum_k α_k (z_k - 1): the paper's sum, with the base model taking the weight that is left over from 1.
@@ -468,10 +464,10 @@ def few_shot(model, processor, task, problems, experts, *, population=32, iterat
     """Strategy C: the cross-entropy method (CEM) searches α for the best mixture on a few `problems`. experts: name ->
     Expert. Candidates are ranked by accuracy, ties by the mean log-likelihood of the right answers; all run in one
     batch, each row under its own z. Returns the best Expert and its α, (K, 1) or with per_layer (K, blocks)."""
-    experts, K, rng = list(experts.values()), len(experts), np.random.default_rng(seed)
+    experts, K, rng, best = list(experts.values()), len(experts), np.random.default_rng(seed), []
     shape = K, model.config.get_text_config().num_hidden_layers if per_layer else 1
     mean, std, population = np.full(shape, 1 / K), np.full(shape, 0.5), max(population, K + 1)
-    best, fresh = [], [*(np.eye(K + 1, K, -1)[..., None] * np.ones(shape))]  # α of the base model and of each expert
+    elite = fresh = [*(np.eye(K + 1, K, -1)[..., None] * np.ones(shape))]  # α of the base model and of each expert
     for i in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
         fresh += [*(mean + std * rng.standard_normal((population - len(best + fresh), *shape)))]
         rows, many = [z for z in (mix(experts, a) for a in fresh) for _ in problems], list(problems) * len(fresh)
