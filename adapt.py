@@ -41,7 +41,7 @@ def confusion(title, categories, truth, chosen):
 
 def compare(model, processor, task, experts, by_category, classifier, strategies, args):
     """Prints a line with test accuracy for the base model, every expert and every strategy on an unseen task."""
-    test, score = task.problems("test"), {}
+    test, score = task.problems("test")[: args.test_problems], {}
     def measure(name, expert):
         clock = time.time()
         score[name] = evaluate(model, processor, task, test, expert=expert)
@@ -86,6 +86,7 @@ def main():
     parser.add_argument("--strategy", nargs="+", default=["prompt", "classifier", "few-shot"],
                         choices=["prompt", "classifier", "few-shot"])
     parser.add_argument("--shots", type=int, default=10, help="problems that few-shot adaptation may look at")
+    parser.add_argument("--test-problems", type=int, help="score on so many of the held-out problems; default: all")
     parser.add_argument("--max-new-tokens", type=int, default=150, help="of the answers to prompts")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

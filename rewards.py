@@ -1,8 +1,8 @@
 """
 Rewards that can be trusted: answers read out of what a model writes, and programs run in a sandbox.
 
-A wrong reward quietly teaches the wrong thing, and a reward for code runs a model's code on the reader's machine. What the
-sandbox keeps off and what it does not is in README. The tasks that use these rewards are in train_expert.py.
+A wrong reward quietly teaches the wrong thing, and a reward for code runs a model's code on the reader's machine. What
+the sandbox keeps off and what it does not is in README. The tasks that use these rewards are in train_expert.py.
 """
 import ast, os, re, signal, socket, subprocess, sys, tempfile, warnings
 from fractions import Fraction

@@ -5,7 +5,7 @@ Trains experts: a model and a task go in, a file with one z per weight matrix co
     python train_expert.py --model tiny-vlm                             # the built-in one that sees pictures
     python train_expert.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k
 
-Below: the tasks, the built-in tiny models, the command line. The method is in transformer2.py, the rewards in rewards.py.
+Below: the tasks, the built-in tiny models, the command line. The method is in transformer2.py, rewards in rewards.py.
 """
 import argparse, datetime, inspect, os, random, re, resource, sys, time, zlib
 from functools import lru_cache, partial
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.image_utils import load_image
 
-from rewards import (extract_code, letter_answer, math_answer, math_form, numeric_answer, plain, run_tests, vqa_accuracy)
+from rewards import extract_code, letter_answer, math_answer, math_form, numeric_answer, plain, run_tests, vqa_accuracy
 from transformer2 import (CATEGORY_PREFILL, RANK, TARGETS, WORLD, Hyperparameters, Task, Transformer2Error, apply_svf,
                           category_question, evaluate, reinforce, save_expert, svf_layers)
 
@@ -382,7 +382,8 @@ def guarded(main):
     except KeyboardInterrupt:
         sys.exit(print("\nstopped; train_expert.py goes on from the last step with --resume", file=sys.stderr) or 130)
 
-TRAINING = ["steps", "batch_size", "token_budget", "lr", "kl_coef", "validation_problems", "seed"]  # what of Hyperparameters the command line can set
+# what of Hyperparameters the command line can set
+TRAINING = ["steps", "batch_size", "token_budget", "lr", "kl_coef", "validation_problems", "seed"]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

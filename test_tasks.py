@@ -1,15 +1,19 @@
 """
-The rewards and the tasks' data: answers as models write them, hostile programs, references. No network.
+The tasks, their rewards and the command lines: answers as models write them, hostile programs, data, errors. No network.
 """
-import os, shutil, sys, time
+import os, random, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+import adapt
 import rewards
 import train_expert
 import transformer2 as t2
+from test_transformer2 import TOKENIZER, logits, make, random_expert, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape")  # in programs that are tried
 
@@ -116,6 +120,20 @@ def test_datasets_are_split_and_their_faults_are_said(monkeypatch, capsys):
     with pytest.raises(t2.Transformer2Error, match="cannot be loaded .FileNotFoundError."):
         gsm8k.problems("test")
 
+def test_vqa_reward_and_data(monkeypatch, capsys):
+    import datasets
+    people = {"answers": ["Two"] * 2 + ["2"] + ["the t-shirt."] * 3 + ["x"] * 4}
+    assert [rewards.vqa_accuracy(text, people) for text in ("Two.", "a T-Shirt", "y")] == pytest.approx([0.9, 0.9, 0])
+    rows = [{"image": Image.new("L", (4, i + 1)), "question": "?", "answers": ["x"] * 6 * (i < 40)} for i in range(41)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args: {"val2014": datasets.Dataset.from_list(rows)})
+    task = train_expert.get_task("okvqa")
+    problems = task.problems("train")
+    assert [p["image"]().size[1] for p in problems] == [1, 17, 33] and "row 16" in repr(problems[1]["image"])
+    assert [task.reward(text, problems[0]) for text in ("X.", "no")] == [1.0, -0.1]
+    assert len(task.problems("validation")) == 2 and "1 of 3 problems left out" in capsys.readouterr().err
+    with pytest.raises(t2.Transformer2Error, match="no split or column 'train'|'validation'"):
+        train_expert.get_task("textvqa").problems("test")
+
 @linux
 def test_references_of_the_real_datasets_are_right(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
@@ -140,3 +158,50 @@ def test_references_of_the_real_datasets_are_right(tmp_path, monkeypatch):
     assert scores("humaneval", lambda p: "", ("train", "validation", "test")) == [-1.0] * 164
     assert scores("mbpp", lambda p: p["solution"], ("train",)) == [1.0] * 185  # of 187, two are left out
     assert 513 / (time.time() - clock) > 20
+
+# --- the tiny world, command lines
+
+def test_tiny_tasks_are_split_by_question():
+    seen = {split: {p["question"] for p in train_expert.get_task("addition").problems(split)} for split in
+            ("train", "validation", "test")}
+    assert not (seen["train"] & seen["test"] or seen["train"] & seen["validation"] or seen["validation"] & seen["test"])
+    corpus = {prompt for prompt, _ in train_expert.tiny_corpus(2000, random.Random(0))}
+    assert not any(q in prompt for q in seen["test"] for prompt in corpus)
+    for name in train_expert.TINY_CATEGORY:
+        task = train_expert.get_task(name)
+        for p in task.problems("test")[:50]:
+            assert task.reward(p["answer"], p) == 1.0 and task.reward("nonsense", p) == -1.0
+
+@pytest.mark.parametrize("command, says", [
+    (["train_expert", "--model", "tiny", "--task", "nonsense"], "unknown task 'nonsense'"),
+    (["train_expert", "--model", "no/such-model", "--task", "addition"], "neither 'tiny' nor a folder"),
+    (["train_expert", "--model", "MODEL", "--task", "addition", "--targets", "nothing"], "match no linear layer"),
+    (["train_expert", "--model", "MODEL", "--task", "addition", "--targets", "(["], "or a regular expression"),
+    (["train_expert", "--model", "MODEL", "--task", "addition", "--layers", "50"], "above 0, up to 1"),
+    (["adapt", "--model", "MODEL", "--experts", "EMPTY", "Hello"], "no experts in"),
+    (["adapt", "--model", "MODEL", "--experts", "OTHERS", "Hello"], "for another model"),
+    (["adapt", "--model", "MODEL", "--experts", "OWN", "A" * 80], "context ends at 64"),
+])
+def test_bad_input_is_one_sentence_and_exit_code_2(command, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = make()
+    for part in (model, TOKENIZER):
+        part.save_pretrained(tmp_path / "MODEL")
+    (tmp_path / "EMPTY").mkdir()
+    t2.save_expert({"model.layers.0.mlp.up_proj": torch.ones(7)}, tmp_path / "OTHERS/x.safetensors")
+    t2.save_expert(random_expert(t2.apply_svf(model)), tmp_path / "OWN/x.safetensors")
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_expert.guarded({"adapt": adapt, "train_expert": train_expert}[command[0]].main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and "Traceback" not in error
+    assert error.strip().count("\n") == 0 and not (tmp_path / "experts").exists()
+
+def test_experts_of_half_the_layers():
+    model = t2.apply_svf(make(), train_expert.last_blocks(make(), "mlp", 0.5))
+    assert {name.split(".")[2] for name in t2.svf_layers(model)} == {"1"} and len(t2.svf_layers(model)) == 3
+    whole = t2.apply_svf(make())
+    with t2.use_expert(model, random_expert(model)), t2.use_expert(whole, random_expert(model)):
+        assert relative(logits(whole), logits(model)) < 1e-4
