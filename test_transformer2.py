@@ -294,7 +294,8 @@ def test_draws_follow_the_distribution_and_not_the_batch():
 def train_two_tasks(path):
     """What test_two_processes_train_as_one runs in each process."""
     if t2.WORLD > 1:
-        torch.distributed.init_process_group("gloo")
+        meet = dict(init_method=f"file://{path}.meet", rank=t2.RANK, world_size=t2.WORLD)
+        torch.distributed.init_process_group("gloo", **meet)
     model, experts = t2.apply_svf(make()), {}
     for task in (toy(lambda c, p: 1.0 if c.strip()[:1].isdigit() else -1.0, max_new_tokens=3),
                  toy(lambda c, p: 1.0 if c == "blue" else -1.0, choices=["red", "blue"], prefill="The category is")):
@@ -304,11 +305,13 @@ def train_two_tasks(path):
         t2.save_expert(experts, path)
 
 def test_two_processes_train_as_one(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = "import sys, test_transformer2; test_transformer2.train_two_tasks(sys.argv[1])"
-    (tmp_path / "run.py").write_text(script)
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, tmp_path / "run.py", tmp_path / "two"], check=True, env=env, capture_output=True, timeout=120)
+    code = f"import sys, test_transformer2; test_transformer2.train_two_tasks({str(tmp_path / 'two')!r})"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}  # as torchrun would set
+    both = [subprocess.Popen([sys.executable, "-c", code], env={**env, "RANK": str(rank)}, cwd=Path(__file__).parent,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in range(2)]
+    for process in both:
+        errors = process.communicate(timeout=120)[1].decode()
+        assert process.returncode == 0, errors[-3000:]
     train_two_tasks(tmp_path / "one")
     one, two = t2.load_expert(tmp_path / "one"), t2.load_expert(tmp_path / "two")
     assert all(torch.allclose(one[k], two[k], atol=1e-5) and (one[k] - 1).abs().max() > 0.01 for k in one | two)
