@@ -672,9 +672,10 @@ def benchmark():
     rows("token-forwards", "", counts)
 
     task, found = toy(lambda text, p: float(len(text) % 3 == 0), max_new_tokens=8), []
+    population = 32 if args.model == "tiny" else 16
     def search():
         found.append(t2.few_shot(model, processor, task, task.problems("train")[:10], dict(enumerate(experts)),
-                                 population=16, iterations=2)[1])
+                                 population=population, iterations=2)[1])
     def one_by_one(way, join):
         return lambda m, p, t, many, *rows, expert=None: join([way(m, p, t, many[i : i + 10], *[r[i] for r in rows], **(
             {"expert": expert[i]} if expert else {})) for i in range(0, len(many), 10)])
@@ -682,7 +683,7 @@ def benchmark():
         with mock.patch.object(t2, "rollout", one_by_one(t2.rollout, lambda parts: sum(parts, []))), \
              mock.patch.object(t2, "solution_likelihood", one_by_one(t2.solution_likelihood, np.concatenate)):
             search()
-    rows("cross-entropy search, 2 x 16 candidates", "s", seconds({"one at a time": slow_search, "in batches": search}))
+    rows(f"cross-entropy search, 2 x {population} candidates", "s", seconds({"one at a time": slow_search, "in batches": search}))
     assert all(torch.allclose(alphas, found[0]) for alphas in found), "the search must find the same in both ways"
     for name, config in SHAPES.items():
         rows(f"GiB of {name}, counted", "GiB", dict(zip(("dense", "factored", "training step"), counted_memory(config))))

@@ -438,6 +438,8 @@ def main():
     print("\n" + "\n".join(["held-out accuracy, base -> expert", *summary]))
     print(f"z: {z:,} numbers, {z / parameters:.2%} of the model; peak memory {peak:.2f} GiB"
           + (f", on the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""))
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
     guarded(main)
