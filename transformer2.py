@@ -283,9 +283,9 @@ def generate(model, processor, conversations, *, expert=None, max_new_tokens=256
     tokenizer, answers = tokenizer_of(processor), [None] * len(conversations)
     uniforms = torch.rand(len(conversations), max_new_tokens) if uniforms is None else uniforms
     end = np.ravel(model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()
-    # whatever the model's own settings say; a picture's token, were it drawn, would ask for one more picture
+    picture = getattr(processor, "image_token_id", None)  # were it drawn, it would ask for one more picture
     how = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=end,
-               pad_token_id=tokenizer.pad_token_id, suppress_tokens=[getattr(processor, "image_token_id", -1)])
+               pad_token_id=tokenizer.pad_token_id, suppress_tokens=picture and [picture])  # not the model's settings
     for rows, inputs in batches(model, processor, conversations, prefill, 0 if choices else max_new_tokens):
         P = inputs["input_ids"].shape[1]
         def pick(ids, scores):  # rules out all but the token drawn
