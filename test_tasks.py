@@ -1,19 +1,22 @@
 """
-The tasks, their rewards and the command lines: answers as models write them, hostile programs, data, errors. No network.
+The tasks, their rewards and the command lines: answers as models write them, hostile programs, data, pictures, errors.
 """
 import os, random, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import (AutoModelForImageTextToText, CLIPImageProcessorPil, Idefics3Config, Idefics3ImageProcessorPil,
+                          Idefics3Processor, LlavaConfig, LlavaProcessor)
 
 import adapt
 import rewards
 import train_expert
 import transformer2 as t2
-from test_transformer2 import TOKENIZER, logits, make, random_expert, relative
+from test_transformer2 import FAMILIES, TOKENIZER, WORDS, logits, make, random_expert, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape")  # in programs that are tried
 
@@ -26,7 +29,8 @@ def test_numeric_answers(text, number):
 
 @pytest.mark.parametrize("text, letter", [
     ("B", "B"), ("(B)", "B"), ("I think.\nThe answer is (B).", "B"), ("the answer is B because A is not", "B"),
-    ("Answer: **B**", "B"), (r"\boxed{B}", "B"), ("(A) rusts, so the answer is (C)", "C"), ("The answer is iron ore.", "B"),
+    ("Answer: **B**", "B"), (r"\boxed{B}", "B"), ("(A) rusts, so the answer is (C)", "C"), ("The answer is tin", "C"),
+    ("The answer is iron ore.", "B"),
     ("The correct option is D.", "D"), ("The answer is iron.", "A"), ("Iron ore", "B"), ("(A) iron or (B)", ""),
     ("The answer is A heavy one", ""), ("Iron or tin?", ""), ("Iron or tin?\nA", "A"), ("the answer is the tin", "C")])
 def test_letter_answers(text, letter):
@@ -37,7 +41,8 @@ def test_letter_answers(text, letter):
     (r"\frac{1}{2}", r"so \boxed{\dfrac12}", True), ("0.5", r"\boxed{\frac{2}{4}}", True), ("5", "It is 5", False),
     (r"90^\circ", r"\boxed{90}", True), ("5", r"\boxed{5\text{ cm}^2}", True), ("5", "The answer is 5 cm.", True),
     ("1000", r"\boxed{\$1,\!000}", True), ("[0,1)", r"\boxed{\left[0, 1\right)}", True), ("x=4", r"\boxed{4}", True),
-    ("[0,1)", r"\boxed{[0,1]}", False), (r"\frac{\sqrt{3}}{2}", r"\boxed{\frac{\sqrt3}2}", True), ("5", r"\boxed{5", True),
+    ("[0,1)", r"\boxed{[0,1]}", False), (r"\frac{\sqrt{3}}{2}", r"\boxed{\frac{\sqrt3}2}", True),
+    ("5", r"\boxed{5", True),
     (r"\text{east}", r"\boxed{east}", True), ("x+1", r"\boxed{1+x}", False), ("1", r"\boxed{1/0}", False)])
 def test_math_answers(right, said, same):
     assert (rewards.math_answer(said) == rewards.math_form(right)) == same
@@ -54,17 +59,19 @@ def score(completion, problem={}, timeout=10):
 @linux
 def test_programs_are_found_as_models_write_them(monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    for text in (SQ, f"Sure:\n```python\n{SQ}```\nDone, for all x.", f"\n{SQ}```\nExplanation.", f"Here:\n{SQ}\nIt is easy.",
-                 f"```\ndef f(x):\n    return 0\n```\nBetter:\n```py\n{SQ}", f"TWO = 2\n{SQ}\ndef g(x:",
+    for text in (SQ, f"Sure:\n```python\n{SQ}```\nDone, for all x.", f"\n{SQ}```\nExplanation.",
+                 f"Here:\n{SQ}\nIt is easy.", f"```\ndef f(x):\n    return 0\n```\nBetter:\n```py\n{SQ}", f"TWO = 2\n{SQ}\ndef g(x:",
                  f"from collections import Counter\nCounter('aab').most_common(1)\n{SQ}"):
         assert score(text), text
-    for text in (BODY, BODY.lstrip(), f"```python\n{BODY}```", HEADER["prompt"] + BODY, SQ, f"\n{SQ}```", f"{SQ}\nf(0)"):
+    for text in (BODY, BODY.lstrip(), f"```python\n{BODY}```", HEADER["prompt"] + BODY, SQ, f"\n{SQ}```",
+                 f"{SQ}\nf(0)"):
         assert score(text, HEADER), text
     for text, problem in [("", {}), ("I cannot.", {}), ("", HEADER), ("```python\n```", HEADER), ("def f(x:", {})]:
         assert not score(text, problem), text
 
-HOSTILE = """while 1: pass | y = bytearray(20 << 30) | import os; [os.fork() for _ in range(99)] | y = open("PLACE/victim")
- | y = open("PLACE/new", "w") | y = open("here", "w") | import os; os.remove("PLACE/victim") | import os; os.environ["HOME"]
+HOSTILE = """while 1: pass | y = bytearray(20 << 30) | import os; [os.fork() for _ in range(99)]
+ | y = open("PLACE/victim") | y = open("PLACE/new", "w") | y = open("here", "w") | import os; os.remove("PLACE/victim")
+ | import os; os.environ["HOME"]
  | import os; os.listdir(os.path.expanduser("~")) | import shutil | import socket | import _socket | import subprocess
  | import _posixsubprocess | import os; os.system("touch PLACE/new") | y = "y" * 9 ** 7\nwhile 1: print(y)
  | g = lambda: g(); g() | import sys; sys.setrecursionlimit(10 ** 9); g = lambda: g(); g() | import gc; gc.get_objects()
@@ -73,11 +80,13 @@ HOSTILE = """while 1: pass | y = bytearray(20 << 30) | import os; [os.fork() for
  | import sys; sys.modules["_frozen_importlib"]._builtin_from_name("posix") | import time; time.clock_settime(0, 0)
  | import resource; resource.setrlimit(0, (-1, -1)) | import sys; sys.exit(0) | import os; os._exit(0) | y = input()
  | y = (lambda: 0).__code__.replace(co_code=b"") | import time; time.sleep(99) | y = 1; raise SystemExit"""
-FAKES = ["class Equal:\n    __eq__ = lambda a, b: True\ndef f(x):\n    return Equal()", "def f(x):\n    print('4\\nOK')",
-         "import os\ndef f(x):\n    os._exit(0)", "import builtins\nbuiltins.ascii = lambda v: 'x'\ndef f(x):\n    return 0",
-         "import sys\ndef f(x):\n    sys.modules['__main__'].writer.write('True')\n    return True", "def f(x):\n    exit()",
-         "class Pass:\n    __repr__ = lambda self: 'posix._exit(0)'\ndef f(x):\n    return Pass()",
-         "def f(x):\n    return " + "(" * 9999, f"y = '\0'\n{SQ}", f"y = {'-' * 19000}1\n{SQ}", "def remote(f):\n    return f"]
+FAKES = [
+    "class Equal:\n    __eq__ = lambda a, b: True\ndef f(x):\n    return Equal()", "def f(x):\n    print('4\\nOK')",
+    "import os\ndef f(x):\n    os._exit(0)", "def f(x):\n    exit()", "def f(x):\n    return " + "(" * 9999,
+    "import builtins\nbuiltins.ascii = lambda v: 'x'\ndef f(x):\n    return 0", f"y = '\0'\n{SQ}",
+    "import sys\ndef f(x):\n    sys.modules['__main__'].writer.write('True')\n    return True",
+    "class Pass:\n    __repr__ = lambda self: 'posix._exit(0)'\ndef f(x):\n    return Pass()",
+    f"y = {'-' * 19000}1\n{SQ}", "def remote(f):\n    return f"]
 
 @linux
 def test_hostile_and_broken_programs_score_nothing_and_leave_nothing(tmp_path, monkeypatch):
@@ -158,6 +167,64 @@ def test_references_of_the_real_datasets_are_right(tmp_path, monkeypatch):
     assert scores("humaneval", lambda p: "", ("train", "validation", "test")) == [-1.0] * 164
     assert scores("mbpp", lambda p: p["solution"], ("train",)) == [1.0] * 185  # of 187, two are left out
     assert 513 / (time.time() - clock) > 20
+
+# --- pictures
+
+def seeing(family):
+    """A random vision-language model and its processor."""
+    torch.manual_seed(0)
+    tokenizer = train_expert.tiny_tokenizer([WORDS, "What is 1 plus 2? Hello", "0123456789ABCDEFGH"])
+    special = "<image> <fake_token_around_image> <global-img> <end_of_utterance>"
+    tokenizer.add_tokens(special.split(), special_tokens=True)
+    text, image = {**FAMILIES["llama"].to_dict(), "vocab_size": len(tokenizer)}, len(tokenizer) - 4
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16)
+    if family == "llava":
+        config = LlavaConfig(vision_config=dict(vision, model_type="clip_vision_model", patch_size=8), text_config=text,
+                             image_token_index=image, vision_feature_layer=-1)
+        images = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+        processor = LlavaProcessor(images, tokenizer, 8, "default", tokenizer.chat_template,
+                                   num_additional_image_tokens=1)
+    else:
+        config = Idefics3Config(text_config=text, vision_config=dict(vision, patch_size=4, initializer_range=0.2),
+                                image_token_id=image, pad_token_id=0, scale_factor=2)
+        size = {"longest_edge": 16}
+        images = Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
+        processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=tokenizer.chat_template)
+    return AutoModelForImageTextToText.from_config(config).float().eval(), processor
+
+def show(seed, text):
+    noise = np.random.default_rng(seed).integers(0, 256, (16, 16 + seed, 3), dtype=np.uint8)
+    return train_expert.say({"image": lambda: Image.fromarray(noise), "question": text})
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_pictures(family):
+    try:
+        model, processor = seeing(family)
+    except ImportError as error:  # transformers 5.17's Idefics3 wants torchvision
+        pytest.skip(f"this version of transformers needs a package for {family}: {str(error).strip()[:80]}")
+    conversations = [show(1, "What is 1 plus 2?"), show(2, "Hello ABC"), show(3, "Hello")]
+    inputs = t2.encode(model, processor, conversations)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        assert relative(t2.apply_svf(model, "all")(**inputs).logits, before) < 1e-4
+    assert not any("vision" in n or "projector" in n or "connector" in n for n in t2.svf_layers(model))
+    say = lambda shown, expert: t2.generate(model, processor, shown, expert=expert, max_new_tokens=8)
+    a, b = random_expert(model, 1, size=2.0), random_expert(model, 2, size=2.0)
+    mixed = say(conversations, [a, None, b])
+    assert mixed == [say([c], e)[0] for c, e in zip(conversations, [a, None, b])] and len(set(mixed)) == 3
+    others = [show(9, "What is 1 plus 2?"), show(8, "Hello ABC"), show(7, "Hello")]
+    assert say(others, [a, None, b]) != mixed  # it does look
+    answers = t2.two_pass(model, processor, conversations, {"red": a, "blue": b}, classifier=b, max_new_tokens=8)
+    assert [text for _, text in answers] == say(conversations, [{"red": a, "blue": b}.get(c) for c, _ in answers])
+    task = t2.Task("toy", lambda split: [{"c": c} for c in conversations * 8], lambda p: p["c"], lambda text, p: 1.0 if
+                   text.strip()[:1].isdigit() else -0.1, max_new_tokens=1)
+    expert = t2.reinforce(model, processor, task, steps=24, batch_size=24, lr=5e-2, validate_every=8)
+    assert t2.evaluate(model, processor, task, task.problems("test"), expert=expert) > 0.9
+
+@pytest.mark.parametrize("source", ["no.png", __file__, lambda: Image.open("no.png")])
+def test_a_picture_that_does_not_load(source):
+    with pytest.raises(t2.Transformer2Error, match="check its .* pictures: .*(no.png|test_transformer2.py)"):
+        t2.generate(*seeing("llava"), [train_expert.say({"image": source, "question": "Hello"})])
 
 # --- the tiny world, command lines
 

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
-from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -40,8 +39,6 @@ def decompose(weight):
 
 def decompose_cached(weight, cache_dir):
     """decompose, remembered in `cache_dir` under a hash of the weight's content."""
-    if cache_dir is None or weight.is_meta:
-        return decompose(weight)
     content = hashlib.sha256(weight.detach().contiguous().cpu().view(torch.uint8).numpy()).hexdigest()[:24]
     path, names = Path(cache_dir) / f"{content}-{weight.dtype}-{len(weight)}.safetensors", ("U", "s", "Vh")
     with contextlib.suppress(Exception):  # not there yet, or damaged: then it is made
@@ -49,7 +46,6 @@ def decompose_cached(weight, cache_dir):
     factors = decompose(weight)
     write_whole(path, lambda tmp: save_file(dict(zip(names, factors)), tmp))
     return factors
-
 def write_whole(path, write):
     """Has `write` fill a temporary file beside `path` and moves it there: readers see the whole file or none."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +62,8 @@ class SVFLinear(nn.Module):
         self.dense = [linear]  # in a list, so that it is no submodule; without its weight
         weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight  # GPT-2's layer keeps W transposed
         self.out_features, self.in_features = weight.shape
-        for name, factor in zip(("U", "s", "Vh"), decompose_cached(weight, cache_dir)):
+        factors = decompose(weight) if cache_dir is None else decompose_cached(weight, cache_dir)
+        for name, factor in zip(("U", "s", "Vh"), factors):
             self.register_buffer(name, factor)  # (out, r), (r,), (r, in)
         self.bias, linear.weight = linear.bias, None
         self.z = nn.Parameter(torch.ones_like(self.s))
@@ -89,10 +86,10 @@ TEXT = r"^(?!.*(vision|visual|image|audio|multi_modal|projector|connector)).*"
 TARGETS = {"mlp": TEXT + r"\b(mlp|ffn|feed_forward|fc1|fc2|fc_in|fc_out)(\.|$)",
            "attention": TEXT + r"\b(self_attn|attn|attention|self_attention)\.", "all": TEXT}
 def apply_svf(model, targets="mlp", cache_dir=None, checkpointing=False):
-    """In place: freezes everything and replaces every matching nn.Linear or Conv1D by an SVFLinear. Returns the model.
-    targets: "mlp", "attention", "all" (these spare a vision tower), or a regular expression over module names; the
-    output head and embeddings never match. cache_dir: for the factors. checkpointing: blocks keep only their input for
-    the backward pass and compute the rest again. Raises Transformer2Error if nothing matches."""
+    """In place: freezes all and replaces each matching nn.Linear or Conv1D by an SVFLinear. Returns the model. targets:
+    "mlp", "attention", "all" (these spare a vision tower), or a regular expression over module names; output head and
+    embeddings never match. cache_dir: for the factors. checkpointing: blocks keep only their input for the backward
+    pass, and compute the rest again. Raises Transformer2Error if nothing matches."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))
                and m is not model.get_output_embeddings() and not name.endswith("lm_head")}
     found, pattern = [], TARGETS.get(targets, targets)
@@ -105,7 +102,7 @@ def apply_svf(model, targets="mlp", cache_dir=None, checkpointing=False):
     for name in tqdm(found, desc="decomposing", leave=False, delay=2, disable=None):
         model.set_submodule(name, SVFLinear(linears.pop(name), cache_dir))
     for block in (m for m in model.modules() if checkpointing and isinstance(m, GradientCheckpointingLayer)):
-        block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     return model.eval()
 
 def svf_layers(model):
@@ -116,20 +113,18 @@ def get_expert(model):
     return {name: layer.current().detach().clone() for name, layer in svf_layers(model).items()}
 
 @contextlib.contextmanager
-def use_expert(model, expert):
-    """`with use_expert(model, expert):` runs the model with these z's and puts back what was there before.
-    expert: None, the base model (z = 1); an Expert; or a list with one Expert-or-None for each row of the batch.
-    Raises Transformer2Error for an expert that does not fit the model."""
+def use_expert(model, expert, rows=None):
+    """`with use_expert(model, expert):` runs the model with these z's and then puts back what was there. expert: None,
+    the base model (z = 1); an Expert; or a list with one Expert-or-None for each row of the batch (rows: which of the
+    list these are, if not all). Raises Transformer2Error for an expert that does not fit the model."""
     layers, mixed = svf_layers(model), isinstance(expert, list)
-    experts = [check_expert(e or {}, layers, "the expert") for e in (expert if mixed else [expert])]
-    with contextlib.ExitStack() as at_the_end:
+    experts = [expert[i] for i in rows or range(len(expert))] if mixed else [expert]
+    experts = [check_expert(e or {}, layers, "the expert") for e in experts]
+    with contextlib.ExitStack() as patches:
         for name, layer in layers.items():
-            ones = torch.ones_like(layer.s)
-            z = torch.stack([e.get(name, ones).to(ones) for e in experts])  # (B, r)
-            at_the_end.callback(setattr, layer, "using", layer.using)
-            layer.using = z[:, None] if mixed else z[0]
+            z = torch.stack([e.get(name, torch.ones_like(layer.s)).to(layer.s) for e in experts])  # (B, r)
+            patches.enter_context(mock.patch.object(layer, "using", z[:, None] if mixed else z[0]))
         yield
-
 def check_expert(expert, layers, what):
     """The expert; raises Transformer2Error unless every z of it fits its layer."""
     for name, z in expert.items():
@@ -218,8 +213,8 @@ def encode(model, processor, conversations, prefill=""):
 
 def batches(model, processor, conversations, prefill, extra=0, budget=16384):
     """(row numbers, encoded prompts) of groups of at most `budget` tokens, padding and `extra` per row counted."""
-    chunks = (conversations[i : i + 256] for i in range(0, len(conversations), 256))  # not all pictures at once
-    masks = (encode(model, processor, chunk, prefill)["attention_mask"] for chunk in chunks)
+    masks = (encode(model, processor, conversations[i : i + 256], prefill)["attention_mask"]  # not all pictures at once
+             for i in range(0, len(conversations), 256))
     lengths = np.add([length for mask in masks for length in mask.sum(1).tolist()], extra)
     groups, order = [], np.argsort(-lengths, kind="stable").tolist()
     while order:  # a group's first row is its longest
@@ -228,11 +223,11 @@ def batches(model, processor, conversations, prefill, extra=0, budget=16384):
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
         yield rows, encode(model, processor, [conversations[i] for i in rows], prefill)
 
-STRETCH = 1 << 24  # numbers in a (B, t, V) tensor, 64 MB: vocabularies are large, so t of T steps get theirs at a time
-def network(model, inputs, completions):
-    """Runs all but the output head over prompts (from encode) and completions (B lists of token ids). Returns hidden
-    states (B, T, d) where the completions' tokens are predicted; head, which makes of t steps of them log π(· |
-    prompt, earlier tokens), float32 (B, t, V); slices of t steps; the tokens and their mask, both (B, T, 1)."""
+def token_policy(model, inputs, completions, stretch=1 << 24):
+    """π of the next token, over prompts (from encode) and completions (B lists of token ids), as five things: features
+    of T steps, here hidden states (B, T, d); head, which makes of those of t steps log π(· | prompt, earlier tokens),
+    float32 (B, t, V); slices of t steps, so few that `stretch` numbers, 64 MB, hold log π: vocabularies are large; the
+    actions, here the completions' tokens, (B, T, 1); and their mask, (B, T, 1)."""
     (B, P), T, device = inputs["input_ids"].shape, max(map(len, completions)), inputs["input_ids"].device
     tokens = torch.tensor([c + [0] * (T - len(c)) for c in completions], device=device)[..., None]  # (B, T, 1)
     mask = torch.tensor([[1] * len(c) + [0] * (T - len(c)) for c in completions], device=device)[..., None]
@@ -242,10 +237,10 @@ def network(model, inputs, completions):
         full["position_ids"] = (full["attention_mask"].cumsum(1) - 1).clamp(min=0)  # from the first real token on
     trunk = getattr(model.base_model, "decoder", model.base_model)  # OPT's is one level down
     outputs = trunk(**full, use_cache=False)
-    def head(hidden):  # what the model does after its trunk, whatever it is
+    def head(hidden):  # what the model does after its trunk, whatever it is: so the trunk returns what there is already
         with mock.patch.object(trunk, "forward", lambda *_, **__: replace(outputs, last_hidden_state=hidden)):
             return F.log_softmax(model(use_cache=False).logits.float(), dim=-1).to(device)
-    t = max(1, STRETCH // (B * model.config.get_text_config().vocab_size))
+    t = max(1, stretch // (B * model.config.get_text_config().vocab_size))
     return outputs.last_hidden_state[:, -T:], head, [slice(i, i + t) for i in range(0, T, t)], tokens, mask
 
 def continuation(processor, prefill, text):
@@ -253,57 +248,65 @@ def continuation(processor, prefill, text):
     ids = lambda text: tokenizer_of(processor)(text, add_special_tokens=False)["input_ids"]
     stub = "".join(prefill.split()[-1:])
     return ids(f"{stub} {text}".lstrip())[len(ids(stub)):]
-
-def log_choices(model, processor, inputs, prefill, choices):
-    """As network, but the "hidden states", (B, 1, C), are log π of the choices among themselves. They count up to the
-    token that tells them apart (the end tells "math" from "mathematics"), so what is asked is the next token after each
-    beginning that several share. Mostly that is the empty one: names and letters cost one pass over the prompt."""
+def choice_policy(model, processor, inputs, prefill, choices):
+    """π of C choices in token_policy's form: one step, its features log π itself, (B, 1, C), all choices as actions.
+    Asked is the next token after every beginning that choices share: they count up to the token that tells them apart
+    (the end tells "math" from "mathematics"). One pass over the prompt serves all beginnings on its way."""
     ids = [(*continuation(processor, prefill, c), tokenizer_of(processor).eos_token_id or 0) for c in choices]
     starts = [i[:t] for i in ids for t in range(len(i))]
+    shared = {start for start in starts if starts.count(start) > 1 or not start}
     scores = torch.zeros(len(inputs["input_ids"]), 1, len(ids), device=model.device)
-    for start in dict.fromkeys(s for s in starts if starts.count(s) > 1 or not s):
-        among = [c for c, i in enumerate(ids) if i[: len(start)] == start]
-        hidden, head, *_ = network(model, inputs, [[*start, 0]] * len(scores))  # 0: the last is not read
-        scores[:, :, among] += head(hidden[:, -1:])[:, :, [ids[c][len(start)] for c in among]]
-    every = torch.arange(len(ids), device=model.device).expand(scores.shape)
-    return F.log_softmax(scores, dim=-1), lambda logp: logp, [slice(None)], every, torch.ones_like(scores[:, :, :1])
-
-def draw(scores, uniform):
-    """Draws from softmax(scores), (B, V), by a random number a row, (B, 1): the first that the running sum passes."""
-    reached = scores.float().softmax(-1).cumsum(-1)
-    return (reached > uniform.to(scores.device) * reached[:, -1:]).int().argmax(-1, keepdim=True)
+    while shared:  # mostly once; again for choices that part, and part again elsewhere
+        way = max(shared, key=len)
+        hidden, head, *_ = token_policy(model, inputs, [[*way, 0]] * len(scores))  # 0: the last is not read
+        for t in (t for t in range(len(way) + 1) if way[:t] in shared):
+            asked = {c: i[t] for c, i in enumerate(ids) if i[:t] == way[:t]}
+            scores[:, :, [*asked]] += head(hidden[:, t, None])[:, :, [*asked.values()]]
+            shared.remove(way[:t])
+    logp = F.log_softmax(scores, dim=-1)
+    every = torch.arange(len(ids), device=logp.device).expand(logp.shape)
+    return logp, lambda logp: logp, [slice(None)], every, torch.ones_like(logp[:, :, :1])
 
 @torch.no_grad()
 def generate(model, processor, conversations, *, expert=None, max_new_tokens=256, temperature=0.0, prefill="",
-             choices=None, uniforms=None, return_tokens=False):
-    """Completions of conversations (lists of {"role", "content"}). expert: None (the base model), an Expert, or a list
-    with one Expert-or-None per conversation. temperature: 0 is greedy. choices: answers with one of these. uniforms:
-    (len(conversations), max_new_tokens), numbers that draw the tokens, so that no answer depends on its batch; random
-    if absent. return_tokens: (token ids, text) of each. Raises Transformer2Error as encode and use_expert do."""
+             choices=None, uniforms=None, return_tokens=False, segment=32):
+    """Completions of conversations (lists of {"role", "content"}). expert: None (the base model), an Expert, or a list,
+    one for each. temperature: 0 is greedy. choices: answers with the likeliest of these. uniforms: numbers (len(
+    conversations), max_new_tokens) that draw the tokens, so that no answer depends on its batch. return_tokens: (token
+    ids, text) of each. segment: tokens, after which rows that have ended leave their batch. Raises as encode does."""
     tokenizer, answers = tokenizer_of(processor), [None] * len(conversations)
     uniforms = torch.rand(len(conversations), max_new_tokens) if uniforms is None else uniforms
     end = np.ravel(model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()
     picture = getattr(processor, "image_token_id", None)  # were it drawn, it would ask for one more picture
-    how = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=end,
-               pad_token_id=tokenizer.pad_token_id, suppress_tokens=picture and [picture])  # not the model's settings
+    def draw(ids, scores):  # (B, V): rules out all but the first token where the running sum of π passes a row's number
+        reached = (scores.float() / temperature).softmax(-1).cumsum(-1)
+        passed = reached > uniforms[rows, ids.shape[1] - P, None].to(model.device) * reached[:, -1:]
+        return torch.full_like(scores, -torch.inf).scatter(1, passed.int().argmax(-1, keepdim=True), 0.0)
+    how = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,  # not the model's settings
+               eos_token_id=end, pad_token_id=tokenizer.pad_token_id, suppress_tokens=picture and [picture],
+               logits_processor=[draw] if temperature else [], return_dict_in_generate=True)
     for rows, inputs in batches(model, processor, conversations, prefill, 0 if choices else max_new_tokens):
-        P = inputs["input_ids"].shape[1]
-        def pick(ids, scores):  # rules out all but the token drawn
-            token = draw(scores / temperature, uniforms[rows, ids.shape[1] - P, None])
-            return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-        with use_expert(model, [expert[i] for i in rows] if isinstance(expert, list) else expert):
-            if choices:
-                logp = log_choices(model, processor, inputs, prefill, choices)[0][:, 0]  # (B, C)
-                tokens = draw(logp / temperature, uniforms[rows, :1]) if temperature else logp.argmax(1, keepdim=True)
-                texts = [choices[c] for c in tokens]
-            else:
-                tokens = model.generate(**inputs, **how, max_new_tokens=min(max_new_tokens, context_of(model) - P),
-                                        logits_processor=[pick] if temperature else [])[:, P:]
-                texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for i, row, text in zip(rows, tokens.tolist(), texts):
-            stop = next((t + 1 for t, token in enumerate(row) if token in end), len(row))
-            answers[i] = (row[:stop], text) if return_tokens else text
-    return answers
+        if choices:
+            with use_expert(model, expert, rows):
+                likeliest = choice_policy(model, processor, inputs, prefill, choices)[0][:, 0].argmax(1).tolist()
+            for i, c in zip(rows, likeliest):
+                answers[i] = [], choices[c]
+            continue
+        P, cache = inputs["input_ids"].shape[1], None
+        room = min(max_new_tokens, context_of(model) - P)
+        while rows:
+            n = room if hasattr(processor, "image_processor") else min(segment, room)  # pictures are shown once
+            with use_expert(model, expert, rows):
+                made = model.generate(**inputs, **how, past_key_values=cache, max_new_tokens=n)
+            for i, row in zip(rows, made.sequences[:, P:].tolist()):
+                row = row[: next((t + 1 for t, token in enumerate(row) if token in end), len(row))]
+                answers[i] = row, tokenizer.decode(row, skip_special_tokens=True)
+            left = [j for j, i in enumerate(rows) if room > n and answers[i][0][-1] not in end]
+            if (cache := made.past_key_values) is not None:
+                cache.reorder_cache(torch.tensor(left, dtype=torch.long, device=model.device))
+            rows, room, mask = [rows[j] for j in left], room - n, F.pad(inputs["attention_mask"], (0, n), value=1)
+            inputs = {"input_ids": made.sequences[left], "attention_mask": mask[left]}
+    return answers if return_tokens else [text for _, text in answers]
 
 def rollout(model, processor, task, problems, **how):
     """One answer to each problem: [(token ids, text, reward)]. how: expert, temperature, uniforms as for generate."""
@@ -354,12 +357,12 @@ def accumulate_gradient(model, processor, task, problems, answers, hp):
     baseline = all_sum(rewards.sum()) / n if hp.baseline and not task.choices else 0.0
     conversations, lengths = [task.conversation(p) for p in problems], [len(tokens) for tokens, *_ in answers] or 0
     for rows, inputs in batches(model, processor, conversations, task.prefill, lengths, hp.token_budget):
-        policy = lambda: (log_choices(model, processor, inputs, task.prefill, task.choices) if task.choices else
-                          network(model, inputs, [answers[i][0] for i in rows]))
+        policy = lambda: (choice_policy(model, processor, inputs, task.prefill, task.choices) if task.choices else
+                          token_policy(model, inputs, [answers[i][0] for i in rows]))
         with torch.no_grad(), use_expert(model, None):  # the reference is the same model at z = 1
             reference = policy()[0] if hp.kl_coef else None
-        hidden, head, stretches, actions, mask = policy()
-        leaf = hidden.detach().requires_grad_()  # gathers the gradients, so that one stretch's log π exists at a time
+        features, head, stretches, actions, mask = policy()
+        leaf = features.detach().requires_grad_()  # gathers the gradients, so that one stretch's log π exists at a time
         chance = leaf[:, 0].detach().exp() if task.choices else 1.0  # (B, C), or the one action that was drawn
         advantages = chance * (rewards[rows] - baseline)
         for t in stretches:
@@ -367,7 +370,7 @@ def accumulate_gradient(model, processor, task, problems, answers, hp):
             loss, kl = policy_loss(logp, ref_logp, actions[:, t], mask[:, t], advantages, hp.kl_coef)
             (loss / n).backward()
             sums[2] += kl
-        hidden.backward(leaf.grad)
+        features.backward(leaf.grad)
         sums[:2] += torch.stack([(chance * r).sum() for r in (rewards[rows], rewards[rows].clamp(min=0))])
     return (all_sum(sums) / n).tolist()
 
@@ -386,7 +389,7 @@ def reinforce(model, processor, task, *, checkpoint=None, **hyperparameters):
     optimizer = torch.optim.AdamW(z.values(), weight_decay=0.0)
     optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
     for step in range(state["step"], hp.steps + 1):  # step 0 only validates the start
-        clock, line = time.time(), f"step {step:3d}"
+        clock = time.time()
         if step > 0:
             torch.manual_seed(hp.seed * 100003 + step)  # a step depends on its number alone, so it can be resumed
             batch = [problems[i] for i in torch.randperm(len(problems))[: hp.batch_size]]
@@ -400,15 +403,14 @@ def reinforce(model, processor, task, *, checkpoint=None, **hyperparameters):
             optimizer.param_groups[0]["lr"] = hp.lr * (1 + float(np.cos(np.pi * (step - 1) / hp.steps))) / 2
             optimizer.step()
             optimizer.zero_grad()
-            line += f"  reward {reward:+.3f}  accuracy {accuracy:6.1%}" + f"  KL {kl:.4f}" * (hp.kl_coef > 0)
-            line += f"  gradient {norm:.2e}  {time.time() - clock:.1f} s"
+            line = f"step {step:3}  reward {reward:+.3f}  accuracy {accuracy:6.1%}  gradient {norm:.2e}"
+            tqdm.write(line + f"  KL {kl:.4f}" * bool(hp.kl_coef) + f"  {time.time() - clock:.1f} s")
         state.update(step=step + 1, z={n: x.detach().clone() for n, x in z.items()}, optimizer=optimizer.state_dict())
         if step % hp.validate_every == 0 or step == hp.steps:
             score = evaluate(model, processor, task, held_out, expert=state["z"])
-            line += f"  validation {score:.1%}"
+            tqdm.write(f"step {step:3}  validation {score:.1%}")
             if not score < state["score"]:  # of equals the later one: it had more training
                 state.update(score=score, best=state["z"])
-        tqdm.write(line)
         if RANK == 0 and checkpoint:
             write_whole(checkpoint, lambda tmp: torch.save(state, tmp))
     return state["best"]
@@ -430,11 +432,9 @@ def classify(model, processor, conversations, categories, *, expert=None):
     """Pass 1: the likeliest category of each conversation. Strategy A; with expert=z^c, trained to classify, B."""
     return generate(model, processor, [category_question(c, categories) for c in conversations], expert=expert,
                     prefill=CATEGORY_PREFILL, choices=list(categories))
-
 def two_pass(model, processor, conversations, experts, *, classifier=None, **options):
-    """Classifies each conversation, then answers all in one batch, every row with its expert: [(category, answer)].
-    experts: category -> Expert or None (the base weights); "other" is added for prompts of no category.
-    classifier: z^c for strategy B, None for A. options: as for generate."""
+    """[(category, answer)]: classifies each conversation, then answers all in one batch, every row under its expert.
+    experts: category -> Expert or None (the base weights); "other" is added. classifier: z^c for B, None for A."""
     chosen = classify(model, processor, conversations, dict.fromkeys([*experts, "other"]), expert=classifier)
     return list(zip(chosen, generate(model, processor, conversations, expert=[*map(experts.get, chosen)], **options)))
 
@@ -453,16 +453,16 @@ def solution_likelihood(model, processor, task, problems, expert):
     conversations, likelihood = [task.conversation(p) for p in problems], np.zeros(len(problems))
     ids = [continuation(processor, task.prefill, str(p.get("solution", p["answer"]))) for p in problems]
     for rows, inputs in batches(model, processor, conversations, task.prefill, [*map(len, ids)]):
-        with torch.no_grad(), use_expert(model, [expert[i] for i in rows] if isinstance(expert, list) else expert):
-            hidden, head, stretches, tokens, mask = network(model, inputs, [ids[i] for i in rows])
+        with torch.no_grad(), use_expert(model, expert, rows):
+            hidden, head, stretches, tokens, mask = token_policy(model, inputs, [ids[i] for i in rows])
             for t in stretches:
                 likelihood[rows] += (head(hidden[:, t]).gather(-1, tokens[:, t]) * mask[:, t]).sum((1, 2)).tolist()
     return likelihood
 
 def few_shot(model, processor, task, problems, experts, *, population=32, iterations=20, per_layer=False, seed=0):
-    """Strategy C: the cross-entropy method (CEM) searches α for the best mixture on a few `problems`. experts: name ->
-    Expert. Candidates are ranked by accuracy, ties by the mean log-likelihood of the right answers; all run in one
-    batch, each row under its own z. Returns the best Expert and its α, (K, 1) or with per_layer (K, blocks)."""
+    """Strategy C: the cross-entropy method (CEM) searches the mixture of experts (name -> Expert) that is best on a few
+    problems: by accuracy, ties by the mean log-likelihood of the right answers. All candidates run in one batch, each
+    row under its own z. Returns the best Expert and its α, not clipped, (K, 1) or with per_layer (K, blocks)."""
     experts, K, rng, best = list(experts.values()), len(experts), np.random.default_rng(seed), []
     shape = K, model.config.get_text_config().num_hidden_layers if per_layer else 1
     mean, std, population = np.full(shape, 1 / K), np.full(shape, 0.5), max(population, K + 1)
