@@ -60,7 +60,8 @@ def compare(model, processor, task, experts, by_category, classifier, strategies
         shots = np.random.default_rng(args.seed).choice(task.problems("train"), args.shots, replace=False).tolist()
         for name, per_layer in (("few-shot", True), ("few-shot, one α each", False)):
             clock = time.time()
-            z, alphas = few_shot(model, processor, task, shots, experts, per_layer=per_layer, seed=args.seed)
+            z, alphas = few_shot(model, processor, task, shots, experts, per_layer=per_layer, seed=args.seed,
+                                 population=args.population, iterations=args.iterations)
             note = "" if per_layer else "  α " + ", ".join(f"{n} {a:+.2f}" for n, a in zip(experts, alphas[:, 0]))
             print(f"  (cross-entropy search on {args.shots} problems: {time.time() - clock:.1f} s{note})")
             measure(name, z)
@@ -86,12 +87,16 @@ def main():
     parser.add_argument("--strategy", nargs="+", default=["prompt", "classifier", "few-shot"],
                         choices=["prompt", "classifier", "few-shot"])
     parser.add_argument("--shots", type=int, default=10, help="problems that few-shot adaptation may look at")
+    parser.add_argument("--population", type=int, default=32, help="candidates in an iteration of few-shot adaptation")
+    parser.add_argument("--iterations", type=int, default=20, help="of few-shot adaptation")
     parser.add_argument("--test-problems", type=int, help="score on so many of the held-out problems; default: all")
-    parser.add_argument("--max-new-tokens", type=int, default=150, help="of the answers to prompts")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer; default: the task's own limit, 150 to a prompt")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     default_model(args)
     tasks = [get_task(t) for t in args.task or (TINY_UNSEEN if args.model == "tiny" and not args.prompts else [])]
+    for task in tasks:
+        task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
     folder = args.experts or Path("experts") / folder_name(args.model)
     headers = read_experts(folder, args.model)
     model, processor = load_model(args.model)
@@ -127,7 +132,7 @@ def main():
             compare(model, processor, task, experts, by_category, classifier, args.strategy, args)
     if not prompts:
         return
-    conversations, how = [say({"question": p}) for p in prompts], dict(max_new_tokens=args.max_new_tokens)
+    conversations, how = [say({"question": p}) for p in prompts], dict(max_new_tokens=args.max_new_tokens or 150)
     before = generate(model, processor, conversations, **how)
     after = two_pass(model, processor, conversations, by_category, classifier=classifier, **how)
     for i, (prompt, base, (category, answer)) in enumerate(zip(prompts, before, after)):

@@ -60,7 +60,8 @@ def score(completion, problem={}, timeout=10):
 def test_programs_are_found_as_models_write_them(monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     for text in (SQ, f"Sure:\n```python\n{SQ}```\nDone, for all x.", f"\n{SQ}```\nExplanation.",
-                 f"Here:\n{SQ}\nIt is easy.", f"```\ndef f(x):\n    return 0\n```\nBetter:\n```py\n{SQ}", f"TWO = 2\n{SQ}\ndef g(x:",
+                 f"Here:\n{SQ}\nIt is easy.", f"TWO = 2\n{SQ}\ndef g(x:",
+                 f"```\ndef f(x):\n    return 0\n```\nBetter:\n```py\n{SQ}",
                  f"from collections import Counter\nCounter('aab').most_common(1)\n{SQ}"):
         assert score(text), text
     for text in (BODY, BODY.lstrip(), f"```python\n{BODY}```", HEADER["prompt"] + BODY, SQ, f"\n{SQ}```",
@@ -223,7 +224,7 @@ def test_pictures(family):
 
 @pytest.mark.parametrize("source", ["no.png", __file__, lambda: Image.open("no.png")])
 def test_a_picture_that_does_not_load(source):
-    with pytest.raises(t2.Transformer2Error, match="check its .* pictures: .*(no.png|test_transformer2.py)"):
+    with pytest.raises(t2.Transformer2Error, match="check its .* pictures: .*(no.png|test_tasks.py)"):
         t2.generate(*seeing("llava"), [train_expert.say({"image": source, "question": "Hello"})])
 
 # --- the tiny world, command lines
