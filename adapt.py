@@ -57,13 +57,14 @@ def compare(model, processor, task, experts, by_category, classifier, strategies
             chosen = classify(model, processor, conversations, list(by_category), expert=z)
             measure(strategy, [by_category[c] for c in chosen])
     if "few-shot" in strategies:
-        shots = np.random.default_rng(args.seed).choice(task.problems("train"), args.shots, replace=False).tolist()
+        shots = task.problems("train")
+        shots = np.random.default_rng(args.seed).choice(shots, min(args.shots, len(shots)), replace=False).tolist()
         for name, per_layer in (("few-shot", True), ("few-shot, one α each", False)):
             clock = time.time()
             z, alphas = few_shot(model, processor, task, shots, experts, per_layer=per_layer, seed=args.seed,
                                  population=args.population, iterations=args.iterations)
             note = "" if per_layer else "  α " + ", ".join(f"{n} {a:+.2f}" for n, a in zip(experts, alphas[:, 0]))
-            print(f"  (cross-entropy search on {args.shots} problems: {time.time() - clock:.1f} s{note})")
+            print(f"  (cross-entropy search on {len(shots)} problems: {time.time() - clock:.1f} s{note})")
             measure(name, z)
 
 def look(model, processor, task, experts):
