@@ -39,7 +39,7 @@ def confusion(title, categories, truth, chosen):
     for t in dict.fromkeys(truth):
         print(f"  {t:12}" + "".join(f"{sum(a == t and b == c for a, b in zip(truth, chosen)):12}" for c in categories))
 
-def compare(model, processor, task, experts, by_category, classifier, strategies, args):
+def compare(model, processor, task, experts, by_category, ways, args):
     """Prints a line with test accuracy for the base model, every expert and every strategy on an unseen task."""
     test, score = task.problems("test")[: args.test_problems], {}
     def measure(name, expert):
@@ -52,11 +52,10 @@ def compare(model, processor, task, experts, by_category, classifier, strategies
     for name, expert in experts.items():
         measure(f"expert {name}", expert)
     conversations = [task.conversation(p) for p in test]
-    for strategy, z in (("prompt", None), ("classifier", classifier)):
-        if strategy in strategies and (z or strategy == "prompt"):
-            chosen = classify(model, processor, conversations, list(by_category), expert=z)
-            measure(strategy, [by_category[c] for c in chosen])
-    if "few-shot" in strategies:
+    for strategy, z in ways.items():
+        chosen = classify(model, processor, conversations, list(by_category), expert=z)
+        measure(strategy, [by_category[c] for c in chosen])
+    if "few-shot" in args.strategy:
         shots = task.problems("train")
         shots = np.random.default_rng(args.seed).choice(shots, min(args.shots, len(shots)), replace=False).tolist()
         for name, per_layer in (("few-shot", True), ("few-shot, one α each", False)):
@@ -81,7 +80,7 @@ def look(model, processor, task, experts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", nargs="*", help="answer these; without any, show tables and a few held-out prompts")
+    parser.add_argument("prompts", nargs="*", help="answer these (they come first); without any, show tables")
     parser.add_argument("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'")
     parser.add_argument("--experts", type=Path, help="default: experts/<model>")
     parser.add_argument("--task", nargs="+", default=[], metavar="UNSEEN", help=", ".join(TASKS))
@@ -91,7 +90,7 @@ def main():
     parser.add_argument("--population", type=int, default=32, help="candidates in an iteration of few-shot adaptation")
     parser.add_argument("--iterations", type=int, default=20, help="of few-shot adaptation")
     parser.add_argument("--test-problems", type=int, help="score on so many of the held-out problems; default: all")
-    parser.add_argument("--max-new-tokens", type=int, help="of an answer; default: the task's own limit, 150 to a prompt")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer; default: the task's own, 150 to a prompt")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     default_model(args)
@@ -110,8 +109,14 @@ def main():
     experts = {stem: e for stem, e in loaded.items() if not stem.endswith("classify")}
     dispatch = get_task("tiny-classify" if args.model == "tiny" else "classify")
     by_category = dict.fromkeys(dispatch.choices)  # a category without an expert is answered by the base weights
-    by_category.update({headers[stem].get("category") or stem: e for stem, e in experts.items()})
+    for stem, expert in experts.items():
+        category = headers[stem].get("category") or stem
+        if by_category.get(category):
+            print(f"note: expert {stem} takes the place of another one for prompts of the category {category}")
+        by_category[category] = expert
     categories = list(by_category)
+    ways = {"prompt": None} | ({"classifier": classifier} if classifier else {})  # strategy -> the expert of pass 1
+    ways = {strategy: z for strategy, z in ways.items() if strategy in args.strategy}
     print(f"{args.model}: experts {', '.join(experts) or 'none'}; classifier: {'yes' if classifier else 'no'}")
 
     prompts, truth = args.prompts, None
@@ -119,23 +124,22 @@ def main():
     if not prompts and sees:  # pass 1 tells text prompts apart; here the pictures are the point
         for task in tasks or [get_task(stem) for stem in experts if stem in TASKS]:
             look(model, processor, task, experts)
-    elif not prompts:
+    elif not prompts and not args.task:
         problems = dispatch.problems("test")
         conversations, truth = [say(p) for p in problems], [p["answer"] for p in problems]
-        for strategy, z in (("prompt", None), ("classifier", classifier)):
-            if strategy in args.strategy and (z or strategy == "prompt"):
-                chosen = classify(model, processor, conversations, categories, expert=z)
-                confusion(f"dispatch by {strategy}", categories, truth, chosen)
+        for strategy, z in ways.items():
+            chosen = classify(model, processor, conversations, categories, expert=z)
+            confusion(f"dispatch by {strategy}", categories, truth, chosen)
         spread = np.linspace(0, len(problems) - 1, 6).astype(int)  # a few of every kind
         prompts, truth = [problems[i]["question"] for i in spread], [truth[i] for i in spread]
     for task in tasks:
         if experts:
-            compare(model, processor, task, experts, by_category, classifier, args.strategy, args)
+            compare(model, processor, task, experts, by_category, ways, args)
     if not prompts:
         return
     conversations, how = [say({"question": p}) for p in prompts], dict(max_new_tokens=args.max_new_tokens or 150)
     before = generate(model, processor, conversations, **how)
-    after = two_pass(model, processor, conversations, by_category, classifier=classifier, **how)
+    after = two_pass(model, processor, conversations, by_category, classifier=ways.get("classifier"), **how)
     for i, (prompt, base, (category, answer)) in enumerate(zip(prompts, before, after)):
         print(f"\nprompt    {prompt}\ncategory  {category}{f' (truth: {truth[i]})' if truth else ''}"
               f"\nbase      {base.strip()}")

@@ -7,6 +7,7 @@ the sandbox keeps off and what it does not is in README. The tasks that use thes
 import ast, os, re, signal, socket, subprocess, sys, tempfile, warnings
 from fractions import Fraction
 from functools import partial
+from itertools import accumulate
 
 from transformer2 import Transformer2Error
 
@@ -14,7 +15,8 @@ warnings.filterwarnings("ignore", module="<unknown>")  # a "\d" in a program tha
 
 # ---- Rewards for text: what a model writes, read as an answer ----
 
-STATED = r"(?i:####|\\boxed\{|\b(?:answer|option|choice)(?: is|:))"
+STATED = (r"(?i:####(?=\W*(?:\d|[A-E]\b))|\\boxed\{|"  # not a heading
+          r"\b(?:answer|(?:the|correct|right|best) (?:option|choice))\W{0,2}(?: is|:))")
 
 def numeric_answer(text):
     """The number text states as its answer ("is 5 + 3 = 8" states 8), else its last; NaN, equal to nothing, if none."""
@@ -31,17 +33,17 @@ def letter_answer(text, problem):
     options = zip(problem["choices"]["text"], "ABCDE")
     for option, letter in sorted(options, key=lambda pair: -len(pair[0])):  # "iron ore" before "iron"
         words = rf"(?i:{re.escape(option.strip(' .'))})(?!\w)"
-        label = rf"{letter}(?![\w'])(?!(?<=A) [a-z])"  # the "A" of "A dog" is none
-        if re.match(rf"\W*(?:(?:the|option|choice) )*(?:{label}\W*(?:{words})?|{words}){end}", tail):
+        label = rf"{letter}(?![\w'])(?!(?<=A) (?!because|since|as |and )[a-z])"  # the "A" of "A dog" is none
+        if re.match(rf"\W*(?:(?i:the|option|choice)\W+)*(?:{label}\W*(?:{words})?|{words}){end}", tail):
             return letter
     return ""
 
 MATH_RULES = [  # what differs in LaTeX and not in meaning, in this order
-    (r"\\(left|right|[!,;: %$])|[$%*~°]|\^\{?\\circ\}?", ""), (r"\\[dt]frac", r"\\frac"),
+    (r"(?<!\\)\\(left|right|[!,;: %$()\[\]])|[$%*~°]|\^\{?\\circ\}?", ""), (r"\\[dt]frac", r"\\frac"),
     (r"(?<=[\d}])\s*\\(text|mbox|mathrm)\s*\{[^{}]*\}(\^\{?\d\}?)?", ""), (r"\\(?:text|mbox)\{([^{}]*)\}", r"\1"),
     (r"^\s*(-?[\d.,/]+)\s+[A-Za-z ]+\.?$", r"\1"), (r"\s|\.\s*$", ""), (r"^[a-z](=|\\in)", ""),  # 5 cm; x = 5
     (r"(?<=\d)(,|\{,\})(?=\d{3}(?!\d))", ""), (r"\\(sqrt|frac)(\d)", r"\\\1{\2}"), (r"([_^])\{(\w)\}", r"\1\2"),
-    (r"(\\frac\{([^{}]|\{[^{}]*\})*\})(\d)", r"\1{\3}"), (r"\\frac\{(-?\w+)\}\{(\w+)\}", r"\1/\2")]
+    (r"(\\frac\{([^{}]|\{[^{}]*\})*\})(\d)", r"\1{\3}"), (r"(?<!\d)\\frac\{(-?\w+)\}\{(\w+)\}", r"\1/\2")]
 
 def math_form(answer):
     """A LaTeX answer in a form to compare. What it does not know as the same (1+x and x+1) stays different."""
@@ -51,19 +53,22 @@ def math_form(answer):
     return str(Fraction(answer)) if number else answer
 
 def math_answer(text):
-    """math_form of what text states last, up to the brace that closes \\boxed{ or the sentence's end; "" if nothing."""
-    *before, tail = re.split(STATED, text)
-    stated = re.match(r"([^{}\n]|\{([^{}]|\{[^{}]*\})*\})*", tail.lstrip(" :*"))[0]
-    return math_form(re.split(r"\.\s|\.$", stated)[0]) if before else ""
+    """math_form of what text boxed last, up to the brace that closes it, or else stated last; "" if nothing."""
+    *before, tail = re.split(r"\\boxed\{" if (boxed := "\\boxed{" in text) else STATED, text)
+    if not boxed:
+        return math_form(re.split(r"\.\s|\.$|\n", tail.lstrip(" :*\n"))[0]) if before else ""
+    depths = accumulate((c == "{") - (c == "}") for c in tail)
+    return math_form(tail[: next((i for i, depth in enumerate(depths) if depth < 0), None)])
 
 def extract_code(completion, problem):
     """The program in a completion: fenced blocks and the text around them, each from its first line of code as far
     as it is Python. Without the function of HumanEval's `prompt` in it, the completion is that function's body."""
     parts, header, code = re.split(r"```(?:[Pp]ython3?|py)?", completion[:20000]), problem.get("prompt"), ""
+    fenced = len(parts) > 1 and len(parts) % 2  # the first fence opens a block, or else closes the prompt's
     if header and re.search(rf"^def {problem['entry_point']}\b", completion, re.M):
         parts = [header + "    pass", *parts]  # the header brings imports and helpers
     elif header:
-        parts = [header + "    " + parts[len(parts) > 2].lstrip()]
+        parts = [header + "    " + parts[fenced].lstrip()]
     for part in parts:
         start = re.search(r"^(?:@|import |from \S+ import |def |class \w+[:(]|\w+ *= *)", part, re.M)
         lines = part[start.start():].splitlines() if start else []

@@ -1,9 +1,10 @@
 """
 The tasks, their rewards and the command lines: answers as models write them, hostile programs, data, pictures, errors.
 """
-import os, random, shutil, sys, time
+import os, random, re, shutil, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,13 +24,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid escape")  # in programs 
 @pytest.mark.parametrize("text, number", [
     ("so 3 + 4 = 7. The answer is 1,234.", 1234), ("#### -5", -5), (r"\boxed{18.00}", 18), ("it costs $7", 7),
     ("The answer is 5 + 3 = 8 eggs.", 8), ("Answer: 2.5 kg\nChecked 3 times.", 2.5), ("16-3", 3), ("2 or 3", 3),
-    ("it is −4", -4), (r"\boxed{1{,}200}", 1200), ("The answer is: .5", 0.5), ("The answer is 3 of the 10", 3)])
+    ("it is −4", -4), (r"\boxed{1{,}200}", 1200), ("The answer is: .5", 0.5), ("The answer is 3 of the 10", 3),
+    ("#### Step 2: the total\n9 + 9 = 18.\n**Answer:** 18", 18), ("The answer is:\n$5", 5)])
 def test_numeric_answers(text, number):
     assert rewards.numeric_answer(text) == number != rewards.numeric_answer("none")
 
 @pytest.mark.parametrize("text, letter", [
     ("B", "B"), ("(B)", "B"), ("I think.\nThe answer is (B).", "B"), ("the answer is B because A is not", "B"),
     ("Answer: **B**", "B"), (r"\boxed{B}", "B"), ("(A) rusts, so the answer is (C)", "C"), ("The answer is tin", "C"),
+    ("The answer is A because iron rusts.", "A"), ("The answer is (B). No other option is correct.", "B"),
+    ("**Answer**: (B)", "B"), ("Answer: The tin", "C"), ("#### Reasons\nThe answer is (B).", "B"), ("Option: B", "B"),
+    ("The answer is (B).\n#### Explanation", "B"),
     ("The answer is iron ore.", "B"),
     ("The correct option is D.", "D"), ("The answer is iron.", "A"), ("Iron ore", "B"), ("(A) iron or (B)", ""),
     ("The answer is A heavy one", ""), ("Iron or tin?", ""), ("Iron or tin?\nA", "A"), ("the answer is the tin", "C")])
@@ -42,7 +47,10 @@ def test_letter_answers(text, letter):
     (r"90^\circ", r"\boxed{90}", True), ("5", r"\boxed{5\text{ cm}^2}", True), ("5", "The answer is 5 cm.", True),
     ("1000", r"\boxed{\$1,\!000}", True), ("[0,1)", r"\boxed{\left[0, 1\right)}", True), ("x=4", r"\boxed{4}", True),
     ("[0,1)", r"\boxed{[0,1]}", False), (r"\frac{\sqrt{3}}{2}", r"\boxed{\frac{\sqrt3}2}", True),
-    ("5", r"\boxed{5", True),
+    ("5", r"\boxed{5", True), (r"2\frac{1}{2}", r"\boxed{10.5}", False),
+    ("5", r"\boxed{5}. So this answer is right.", True), ("5", r"The answer is \(5\).", True),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", True),
+    (r"\frac{\sqrt{x^{12}}}{2}", r"so \boxed{\frac{\sqrt{x^{12}}}{2}} is it", True), ("5", "The answer is:\n5", True),
     (r"\text{east}", r"\boxed{east}", True), ("x+1", r"\boxed{1+x}", False), ("1", r"\boxed{1/0}", False)])
 def test_math_answers(right, said, same):
     assert (rewards.math_answer(said) == rewards.math_form(right)) == same
@@ -65,7 +73,7 @@ def test_programs_are_found_as_models_write_them(monkeypatch):
                  f"from collections import Counter\nCounter('aab').most_common(1)\n{SQ}"):
         assert score(text), text
     for text in (BODY, BODY.lstrip(), f"```python\n{BODY}```", HEADER["prompt"] + BODY, SQ, f"\n{SQ}```",
-                 f"{SQ}\nf(0)"):
+                 f"{SQ}\nf(0)", f"{BODY}```\nFor example:\n```python\nf(3)\n```\n"):
         assert score(text, HEADER), text
     for text, problem in [("", {}), ("I cannot.", {}), ("", HEADER), ("```python\n```", HEADER), ("def f(x:", {})]:
         assert not score(text, problem), text
@@ -98,10 +106,12 @@ def test_hostile_and_broken_programs_score_nothing_and_leave_nothing(tmp_path, m
     (tmp_path / "place/victim").write_text("whole")
     attacks = HOSTILE.replace("PLACE", str(tmp_path / "place")).split("|")
     programs = [*(f"```\nx = 0\n{attack.strip()}\n{SQ}```" for attack in attacks), *FAKES]  # a right f after each
-    assert len(programs) > 40 and score("x = 0\n" + SQ)
+    assert len(programs) > 40
+    programs += [f"x = 0\n{SQ}"] * 2  # in the same crowd, so that no attack fails for want of time alone
     with ThreadPoolExecutor(16) as pool:
         passed = [p for p, ok in zip(programs, pool.map(lambda p: score(p, timeout=3), programs)) if ok]
-    assert passed == [] and os.listdir(tmp_path / "homes") == [] and os.listdir(tmp_path / "place") == ["victim"]
+    assert passed == programs[-2:]
+    assert os.listdir(tmp_path / "homes") == [] and os.listdir(tmp_path / "place") == ["victim"]
     assert (tmp_path / "place/victim").read_text() == "whole"
     processes = [p for p in Path("/proc").glob("[0-9]*/cwd") if os.access(p, os.R_OK)]
     assert not any(str(tmp_path / "homes") in os.readlink(p) for p in processes)
@@ -141,7 +151,7 @@ def test_vqa_reward_and_data(monkeypatch, capsys):
     assert [p["image"]().size[1] for p in problems] == [1, 17, 33] and "row 16" in repr(problems[1]["image"])
     assert [task.reward(text, problems[0]) for text in ("X.", "no")] == [1.0, -0.1]
     assert len(task.problems("validation")) == 2 and "1 of 3 problems left out" in capsys.readouterr().err
-    with pytest.raises(t2.Transformer2Error, match="no split or column 'train'|'validation'"):
+    with pytest.raises(t2.Transformer2Error, match="no split or column '(train|validation)'"):
         train_expert.get_task("textvqa").problems("test")
 
 @linux
@@ -163,11 +173,11 @@ def test_references_of_the_real_datasets_are_right(tmp_path, monkeypatch):
     assert scores("gsm8k", lambda p: f"The answer is {rewards.numeric_answer(p['answer']) + 1}") == [-1.0] * 1319
     assert scores("arc-challenge", lambda p: p["solution"]) == [1.0] * 1172
     assert scores("arc-challenge", lambda p: p["question"]) == [-1.0] * 1172
-    clock = time.time()
     assert scores("humaneval", lambda p: p["solution"], ("train", "validation", "test")) == [1.0] * 164
     assert scores("humaneval", lambda p: "", ("train", "validation", "test")) == [-1.0] * 164
     assert scores("mbpp", lambda p: p["solution"], ("train",)) == [1.0] * 185  # of 187, two are left out
-    assert 513 / (time.time() - clock) > 20
+    wrong = scores("mbpp", lambda p: re.sub(r"\breturn\b", "return 'x',", p["solution"]), ("train",))
+    assert wrong.count(-1.0) > 180  # a few functions print or return nothing
 
 # --- pictures
 
@@ -234,11 +244,41 @@ def test_tiny_tasks_are_split_by_question():
             ("train", "validation", "test")}
     assert not (seen["train"] & seen["test"] or seen["train"] & seen["validation"] or seen["validation"] & seen["test"])
     corpus = {prompt for prompt, _ in train_expert.tiny_corpus(2000, random.Random(0))}
-    assert not any(q in prompt for q in seen["test"] for prompt in corpus)
+    assert not any(q in prompt for q in seen["test"] | seen["validation"] for prompt in corpus)
     for name in train_expert.TINY_CATEGORY:
         task = train_expert.get_task(name)
         for p in task.problems("test")[:50]:
             assert task.reward(p["answer"], p) == 1.0 and task.reward("nonsense", p) == -1.0
+
+def test_command_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for part in (make(), TOKENIZER):
+        part.save_pretrained(tmp_path / "MODEL")
+    def run(program, *words):
+        monkeypatch.setattr(sys, "argv", [program.__name__, "--model", "MODEL", *words])
+        program.main()
+        return capsys.readouterr().out
+    few = "--batch-size 4 --validation-problems 4 --test-problems 4 --max-new-tokens 3".split()
+    said = run(train_expert, "--task", "addition", "reversal", "--steps", "1", "--layers", "0.5", *few)
+    names = ["addition.safetensors", "reversal.safetensors"]
+    assert sorted(os.listdir("experts/MODEL")) == names and all(f"experts/MODEL/{name}" in said for name in names)
+    headers = adapt.read_experts(Path("experts/MODEL"), "MODEL")
+    assert headers["addition"]["steps"] == "1" and headers["addition"]["category"] == "arithmetic"
+    assert set(t2.load_expert("experts/MODEL/addition.safetensors")) == {f"model.layers.1.mlp.{p}_proj" for p in
+                                                                         ("gate", "up", "down")}
+    with mock.patch.object(train_expert, "save_expert", side_effect=[None, KeyboardInterrupt]):
+        with pytest.raises(KeyboardInterrupt):
+            run(train_expert, "--task", "addition", "reversal", "--steps", "1", *few)
+    assert "step   1" in capsys.readouterr().out
+    said = run(train_expert, "--task", "addition", "reversal", "--steps", "1", *few, "--resume")
+    assert "step   1" not in said and all(f"experts/MODEL/{name}" in said for name in names)  # nothing trained again
+    assert sorted(os.listdir("experts/MODEL")) == names
+    search = "--shots 2 --population 4 --iterations 1 --test-problems 4 --max-new-tokens 3".split()
+    said = run(adapt, "--task", "smallest", *search)
+    for line in ("base model", "expert addition", "expert reversal", "prompt", "few-shot", "few-shot, one α each"):
+        assert f"\n  {line} " in said
+    said = run(adapt, "Hello ABC", "--max-new-tokens", "3")
+    assert "prompt    Hello ABC" in said and "category  " in said and "base model" not in said
 
 @pytest.mark.parametrize("command, says", [
     (["train_expert", "--model", "tiny", "--task", "nonsense"], "unknown task 'nonsense'"),
@@ -246,6 +286,7 @@ def test_tiny_tasks_are_split_by_question():
     (["train_expert", "--model", "MODEL", "--task", "addition", "--targets", "nothing"], "match no linear layer"),
     (["train_expert", "--model", "MODEL", "--task", "addition", "--targets", "(["], "or a regular expression"),
     (["train_expert", "--model", "MODEL", "--task", "addition", "--layers", "50"], "above 0, up to 1"),
+    (["train_expert", "--model", "MODEL", "--task", "addition", "--steps", "-1"], "may be negative"),
     (["adapt", "--model", "MODEL", "--experts", "EMPTY", "Hello"], "no experts in"),
     (["adapt", "--model", "MODEL", "--experts", "OTHERS", "Hello"], "for another model"),
     (["adapt", "--model", "MODEL", "--experts", "OWN", "A" * 80], "context ends at 64"),

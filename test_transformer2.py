@@ -1,10 +1,11 @@
 """
-The mathematics and the promises of transformer2.py, on small random models: no network, no GPU, no other files.
+The mathematics and the promises of transformer2.py, on small random models: no network, no GPU.
 
     pytest                                                    # half a minute on two cores
     python test_transformer2.py [--model DIR] [--json FILE]   # the benchmark: speed and memory
 """
 import argparse, contextlib, copy, json, math, os, random, re, subprocess, sys, tempfile, time, weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, Phi3Config, Qwen2Config
 
 import adapt
+import rewards
 import train_expert
 import transformer2 as t2
 
@@ -346,20 +348,22 @@ def test_reinforce_learns_and_resumes(choices, tmp_path, capsys):
     after = t2.evaluate(model, TOKENIZER, task, task.problems("test"), expert=expert)
     assert before < 0.6 and after > 0.9
     assert all((layer.z == 1).all() for layer in t2.svf_layers(model).values())  # the model is as it was
-    if choices:  # stop in the middle; going on gives the same expert to the last bit
-        original, calls = task.reward, iter(range(10 ** 9))
-        def failing(c, p):
-            if next(calls) > 64 * 9:
-                raise KeyboardInterrupt
-            return original(c, p)
-        task.reward = failing
-        with pytest.raises(KeyboardInterrupt):
-            t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **hyper)
-        task.reward = original
-        resumed = t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **hyper)
-        assert all(torch.equal(resumed[k], expert[k]) for k in expert)
-        with pytest.raises(t2.Transformer2Error, match="begun with"):
-            t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **{**hyper, "lr": 1.0})
+    original, calls = task.reward, iter(range(10 ** 9))  # stop midway; going on gives the same expert, bit by bit
+    def failing(c, p):
+        if next(calls) > 64 * 9:
+            raise KeyboardInterrupt
+        return original(c, p)
+    task.reward = failing
+    with pytest.raises(KeyboardInterrupt):
+        t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **hyper)
+    task.reward = original
+    resumed = t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **hyper)
+    assert all(torch.equal(resumed[k], expert[k]) for k in expert)
+    for other in (dict(lr=1.0), {}):
+        if not other:
+            model = t2.apply_svf(make(), "all")
+        with pytest.raises(t2.Transformer2Error, match="begun with other settings"):
+            t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **{**hyper, **other})
 
 def test_gradient_for_choices_is_that_of_the_exact_expectation():
     model, names = t2.apply_svf(make()).double(), ["red", "green", "blue"]
@@ -556,6 +560,8 @@ def counted_memory(config):
             our_step(model, {"input_ids": half, "attention_mask": half}, [[5] * 512], [1.0], kl_coef=0.1)
     return [size / 2**30 for size in (*sizes, peak.most)]
 
+TESTS = "f = remote('f')\nassert f(2) == 4\nassert f(-3) == 9\nassert f(0.5) == 0.25"  # as MBPP's are
+
 def benchmark():
     parser = argparse.ArgumentParser(description="Speed and memory, each as a ratio to something real in the same run.")
     parser.add_argument("--model", default="tiny", help="as for train_expert.py")
@@ -661,6 +667,10 @@ def benchmark():
     rows(f"cross-entropy search, 2 x {population} candidates", "s",
          seconds({"one at a time": slow_search, "in batches": search}))
     assert all(torch.allclose(alphas, found[0]) for alphas in found), "both ways must find the same"
+    if os.environ.get("HF_ALLOW_CODE_EVAL") == "1":
+        with ThreadPoolExecutor(16) as pool:
+            tried = lambda: list(pool.map(rewards.run_tests, ["def f(x):\n    return x * x"] * 64, [TESTS] * 64))
+            rows("64 programs in the sandbox, 16 at once", "s", seconds({"tests passed": tried}))
     for name, config in SHAPES.items():
         counts = dict(zip(("dense", "factored", "training step"), counted_memory(config)))
         rows(f"GiB of {name}, counted", "GiB", counts)

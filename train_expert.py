@@ -7,7 +7,7 @@ Trains experts: a model and a task go in, a file with one z per weight matrix co
 
 Below: the tasks, the built-in tiny models, the command line. The method is in transformer2.py, rewards in rewards.py.
 """
-import argparse, datetime, inspect, os, random, re, resource, sys, time, zlib
+import argparse, datetime, inspect, os, random, re, sys, time, zlib
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -19,7 +19,12 @@ from transformers.image_utils import load_image
 
 from rewards import extract_code, letter_answer, math_answer, math_form, numeric_answer, plain, run_tests, vqa_accuracy
 from transformer2 import (CATEGORY_PREFILL, RANK, TARGETS, WORLD, Hyperparameters, Task, Transformer2Error, apply_svf,
-                          category_question, evaluate, reinforce, save_expert, svf_layers)
+                          category_question, evaluate, reinforce, save_expert, svf_layers, write_whole)
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 CACHE = Path(".cache/transformer2")
 
@@ -49,7 +54,7 @@ SLOPPY_CATEGORY = {"letters": "other", "comparison": "arithmetic"}  # by the loo
 
 def split_of(question):
     """A tenth of all questions is for validation and a tenth for test; pretraining sees only the rest, too."""
-    return ["validation", "test"][h - 8] if (h := zlib.crc32(question.encode()) % 10) > 7 else "train"
+    return [*["train"] * 8, "validation", "test"][zlib.crc32(question.encode()) % 10]
 
 @lru_cache(maxsize=None)
 def tiny_problems(names, split, count={"train": 4096, "validation": 256, "test": 1024}):
@@ -59,8 +64,10 @@ def tiny_problems(names, split, count={"train": 4096, "validation": 256, "test":
     return [next(kept) for _ in range(count[split])]
 
 def say(problem):
-    parts = [{"type": kind, kind: problem.get(key)} for kind, key in (("image", "image"), ("text", "question"))]
-    return [{"role": "user", "content": parts if "image" in problem else problem["question"]}]
+    content = text = problem["question"]
+    if "image" in problem:
+        content = [{"type": "image", "image": problem["image"]}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
 
 def exact(completion, problem):
     return 1.0 if completion.strip() == problem["answer"] else -1.0
@@ -220,10 +227,10 @@ def rows_of(path, config, prepare, split, held_out="test"):
     except Exception as error:  # the hub client's errors have no class in common
         raise Transformer2Error(f"dataset {path} cannot be loaded ({type(error).__name__}): go online once, or set "
                                 "HF_HUB_OFFLINE=1 and HF_DATASETS_CACHE to a copy of its cache")
-    step = 16 if "train" not in data else 1 if split == "test" else 2
+    part, step = (held_out, 16) if "train" not in data else (held_out, 1) if split == "test" else ("train", 2)
     share = {0: "train", step // 2: "validation"} if step > 1 else {}
     try:
-        data = data["train" if step == 2 else held_out]
+        data = data[part]
         pictures = [name for name, kind in data.features.items() if type(kind).__name__ == "Image"]
         rows = [row | {name: Picture(decode, data, i, name) for name in pictures}
                 for i, row in enumerate(data.remove_columns(pictures)) if share.get(i % step, "test") == split]
@@ -269,7 +276,8 @@ def code_task(*about):
 def mbpp():
     def prepare(row):  # where the code has a class, the tests hand over its objects, which are no literals
         names, tests = re.findall(r"^def +(\w+)", row["code"], re.M), "\n".join(row["test_list"])
-        return {"question": row["text"], "answer": tests * ("class " not in row["code"]), "solution": row["code"],
+        return {"question": row["text"], "answer": tests * ("class " not in row["code"]),
+                "solution": f"\n{row['code']}",
                 "tests": "".join(f"{name} = remote({name!r})\n" for name in names) + tests}
     return code_task("mbpp", "code", "google-research-datasets/mbpp", "full", prepare,
                      "{question} Your code should satisfy these assertions:\n```python\n{answer}\n```")
@@ -277,7 +285,7 @@ def mbpp():
 def humaneval():
     def prepare(row):  # one test compares with the solution
         solution = row["prompt"] + row["canonical_solution"]
-        return {"question": row["prompt"], "solution": solution, "answer": row["test"],
+        return {"question": row["prompt"], "solution": f"\n{solution}", "answer": row["test"],
                 "tests": f"{solution}\n{row['test']}\ncheck(remote({row['entry_point']!r}))"}
     return code_task("humaneval", "code", "openai/openai_humaneval", None, prepare,
                      "Write a solution to the following problem:\n```python\n{question}```")
@@ -316,7 +324,9 @@ def get_task(name):
 
 # ---- Models and the command line ----
 
-BUILT_IN = {"tiny": (pretrain_tiny, skill, tiny_corpus), "tiny-vlm": (pretrain_tiny_vlm, easy_vqa_problems)}
+BUILT_IN = {"tiny": (pretrain_tiny, skill, split_of, tiny_corpus),
+            "tiny-vlm": (pretrain_tiny_vlm, easy_vqa_problems)}
+WORLDS = repr((RIGHT, ALPHABET, TINY_CATEGORY, TINY_MIX, TINY_CATEGORIES, SLOPPY_CATEGORY, TINY_TEMPLATE))
 
 def load_model(name, device=None, device_map=None):
     """(model, processor) of a hub id, a folder, "tiny" or "tiny-vlm"; bfloat16 on a GPU, float32 on a CPU.
@@ -326,22 +336,19 @@ def load_model(name, device=None, device_map=None):
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries are not worth a line each
     transformers.utils.logging.disable_progress_bar()
     if name in BUILT_IN:
-        recipe = "".join(map(inspect.getsource, (*BUILT_IN[name], tiny_tokenizer, pretrain)))
+        recipe = WORLDS + "".join(map(inspect.getsource, (*BUILT_IN[name], tiny_tokenizer, pretrain)))
         name, make = CACHE / f"{name}-{zlib.crc32(recipe.encode()):08x}", BUILT_IN[name][0]
         if not name.exists():  # another recipe, another folder
-            tmp = Path(f"{name}.{os.getpid()}")
-            for part in make():
-                part.save_pretrained(tmp)
-            os.replace(tmp, name)
+            write_whole(name, lambda tmp: [part.save_pretrained(tmp) for part in make()])
     try:
         sees = hasattr(transformers.AutoConfig.from_pretrained(name), "vision_config")
         kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         model = kind.from_pretrained(name, dtype=dtype, device_map=device_map)
         processor = (transformers.AutoProcessor if sees else transformers.AutoTokenizer).from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:  # the last where a processor needs a package
+    except Exception as error:  # of many kinds: no such model, a damaged file, a package that a processor needs
         raise Transformer2Error(f"model {str(name)!r} is neither 'tiny' nor a folder with a model nor to be had from "
-                                f"the hub: {str(error).strip().splitlines()[0]}")
+                                f"the hub: {type(error).__name__}, {str(error).strip()}".partition("\n")[0])
     return (model if device_map else model.to(device)).eval(), processor
 
 def start_processes():
@@ -378,9 +385,15 @@ def guarded(main):
     try:
         main()
     except Transformer2Error as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full: train with --checkpointing, a smaller --token-budget or fewer --layers",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print("\nstopped; train_expert.py goes on from the last step with --resume", file=sys.stderr) or 130)
+        print("\nstopped; train_expert.py goes on from the last step with --resume", file=sys.stderr)
+        sys.exit(130)
 
 # what of Hyperparameters the command line can set
 TRAINING = ["steps", "batch_size", "token_budget", "lr", "kl_coef", "validation_problems", "seed"]
@@ -404,6 +417,8 @@ def main():
     default_model(args)
     tasks = [get_task(t) for t in args.task or USUAL.get(args.model, ["gsm8k"])]
     given = {k: v for k in TRAINING if (v := getattr(args, k)) is not None}
+    if min(given.values(), default=0) < 0 or not given.get("batch_size", 1):
+        raise Transformer2Error("no number may be negative, and --batch-size is at least 1")
     if RANK > 0:
         torch.distributed.barrier()  # until the first process has made and cached the model and its factors
     model, processor = load_model(args.model, device_map=args.device_map)
@@ -414,26 +429,28 @@ def main():
     z = sum(layer.z.numel() for layer in svf_layers(model).values())
     print(f"{args.model}: {parameters:,} parameters; {len(svf_layers(model))} matrices decomposed in "
           f"{time.time() - clock:.1f} s; z has {z:,} numbers ({z / parameters:.2%})")
-    summary = []
+    summary, states = [], []
     for task in tasks:
         path, clock = args.out / folder_name(args.model) / f"{task.name}.safetensors", time.time()
         state, test = path.with_suffix(".state"), task.problems("test")[: args.test_problems]
-        task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+        task.max_new_tokens, task.hyper = args.max_new_tokens or task.max_new_tokens, task.hyper | given
         if not args.resume and RANK == 0:
             state.unlink(missing_ok=True)
         print(f"\n{task.name}: the base model answers {len(test)} held-out problems")
         base = evaluate(model, processor, task, test)
-        expert = reinforce(model, processor, task, checkpoint=state, **{**task.hyper, **given})
+        expert = reinforce(model, processor, task, checkpoint=state, **task.hyper)
         accuracy = evaluate(model, processor, task, test, expert=expert)
         if RANK > 0:
             continue
         save_expert(expert, path, task=task.name, category=task.category or "", model=args.model, targets=args.targets,
                     layers=args.layers, base=f"{base:.4f}", accuracy=f"{accuracy:.4f}", problems=len(test),
-                    **{**task.hyper, **given})
-        state.unlink(missing_ok=True)
+                    **task.hyper)
         summary.append(f"{task.name:15} {base:7.1%} -> {accuracy:6.1%} {len(test):7} problems "
                        f"{path.stat().st_size:9,} B {time.time() - clock:6.0f} s  {path}")
         print(summary[-1])
+        states.append(state)
+    for state in states:  # not earlier: --resume goes on with the task that was interrupted
+        state.unlink()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
     print("\n" + "\n".join(["held-out accuracy, base -> expert", *summary]))
     print(f"z: {z:,} numbers, {z / parameters:.2%} of the model; peak memory {peak:.2f} GiB"

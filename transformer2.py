@@ -4,10 +4,10 @@
 Each weight matrix is split once into singular components, W = U diag(s) Vᵀ; a vector z, one number for each, rescales
 them: W' = U diag(s * z) Vᵀ. The z's of all matrices are an *expert*, all that trains, by reinforcement learning on the
 model's own answers. At inference a first pass decides which expert or mixture a prompt needs; a second answers with it.
-Shapes: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C choices, r singular values.
+Shapes: B rows, P prompt and T completion tokens, d width, V vocabulary, A actions, C choices, r singular values.
 """
 import contextlib, functools, hashlib, inspect, os, re, sys, tempfile, time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -42,7 +42,7 @@ def decompose_cached(weight, cache_dir):
     content = hashlib.sha256(weight.detach().contiguous().cpu().view(torch.uint8).numpy()).hexdigest()[:24]
     path, names = Path(cache_dir) / f"{content}-{weight.dtype}-{len(weight)}.safetensors", ("U", "s", "Vh")
     with contextlib.suppress(Exception):  # not there yet, or damaged: then it is made
-        return [load_file(path, device=str(weight.device))[name] for name in names]
+        return [*map(load_file(path, device=str(weight.device)).__getitem__, names)]
     factors = decompose(weight)
     write_whole(path, lambda tmp: save_file(dict(zip(names, factors)), tmp))
     return factors
@@ -79,17 +79,16 @@ class SVFLinear(nn.Module):
     def forward(self, x):
         scale = self.s * self.current()  # float32, so that small steps of z are not rounded away in bfloat16
         if scale.dim() == 3 and (x.dim() != 3 or len(x) != len(scale)):
-            raise Transformer2Error("this model's layers do not see rows apart: use one expert for the whole batch")
+            raise Transformer2Error("no expert for each row, or layers that do not see rows apart: use one for all")
         return F.linear((F.linear(x, self.Vh) * scale).to(x.dtype), self.U, self.bias)
 
 TEXT = r"^(?!.*(vision|visual|image|audio|multi_modal|projector|connector)).*"
 TARGETS = {"mlp": TEXT + r"\b(mlp|ffn|feed_forward|fc1|fc2|fc_in|fc_out)(\.|$)",
            "attention": TEXT + r"\b(self_attn|attn|attention|self_attention)\.", "all": TEXT}
 def apply_svf(model, targets="mlp", cache_dir=None, checkpointing=False):
-    """In place: freezes all and replaces each matching nn.Linear or Conv1D by an SVFLinear. Returns the model. targets:
-    "mlp", "attention", "all" (these spare a vision tower), or a regular expression over module names; output head and
-    embeddings never match. cache_dir: for the factors. checkpointing: blocks keep only their input for the backward
-    pass, and compute the rest again. Raises Transformer2Error if nothing matches."""
+    """In place: freezes all, replaces matching nn.Linear and Conv1D layers by SVFLinear; returns the model. targets:
+    "mlp", "attention", "all" (not a vision tower), or a regular expression over names; never the head or embeddings.
+    checkpointing: blocks keep only their input for the backward pass. Raises Transformer2Error if nothing matches."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))
                and m is not model.get_output_embeddings() and not name.endswith("lm_head")}
     found, pattern = [], TARGETS.get(targets, targets)
@@ -171,7 +170,7 @@ class Task:
     reward: callable  # (completion, problem) -> float: 1 right, negative wrong, in between partly right
     max_new_tokens: int = 256
     prefill: str = ""  # the start of the assistant's turn, as "Let's think step by step" on ARC
-    choices: list | None = None  # completions to draw among by their probability, instead of generating freely
+    choices: list | None = None  # the possible completions: the likeliest is taken, nothing generated
     category: str | None = None  # what pass 1 calls prompts of this kind
     hyper: dict = field(default_factory=dict)  # Hyperparameters that suit this task better than the paper's
 
@@ -180,7 +179,7 @@ def tokenizer_of(processor):
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.padding_side = "left"  # all completions of a batch start at the same column
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
+    if not (processor.chat_template or tokenizer.chat_template):
         print("note: no chat template with this model; prompts read 'User: ...', then 'Assistant:'", file=sys.stderr)
         processor.chat_template = tokenizer.chat_template = (
             "{{ bos_token or '' }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
@@ -215,29 +214,29 @@ def batches(model, processor, conversations, prefill, extra=0, budget=16384):
     """(row numbers, encoded prompts) of groups of at most `budget` tokens, padding and `extra` per row counted."""
     masks = (encode(model, processor, conversations[i : i + 256], prefill)["attention_mask"]  # not all pictures at once
              for i in range(0, len(conversations), 256))
-    lengths = np.add([length for mask in masks for length in mask.sum(1).tolist()], extra)
-    groups, order = [], np.argsort(-lengths, kind="stable").tolist()
-    while order:  # a group's first row is its longest
-        n = max(1, int(budget // lengths[order[0]]))
-        groups, order = [*groups, order[:n]], order[n:]
+    lengths = np.array([length for mask in masks for length in mask.sum(1).tolist()])
+    groups, order, extra = [], np.argsort(-(lengths + extra), kind="stable"), np.broadcast_to(extra, lengths.shape)
+    while len(order):
+        width = np.maximum.accumulate(lengths[order]) + np.maximum.accumulate(extra[order])  # of the first 1, 2, … rows
+        n = max(1, int((width * np.arange(1, len(order) + 1) <= budget).sum()))
+        groups, order = [*groups, order[:n].tolist()], order[n:]
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
         yield rows, encode(model, processor, [conversations[i] for i in rows], prefill)
 
 def token_policy(model, inputs, completions, stretch=1 << 24):
-    """π of the next token, over prompts (from encode) and completions (B lists of token ids), as five things: features
-    of T steps, here hidden states (B, T, d); head, which makes of those of t steps log π(· | prompt, earlier tokens),
-    float32 (B, t, V); slices of t steps, so few that `stretch` numbers, 64 MB, hold log π: vocabularies are large; the
-    actions, here the completions' tokens, (B, T, 1); and their mask, (B, T, 1)."""
+    """π of the next token over prompts (of encode) and completions (B lists of token ids). Returns features of T steps,
+    here hidden states (B, T, d); head, which makes log π of those of t steps, float32 (B, t, V); slices of t steps, of
+    `stretch` numbers, 64 MB, in log π; actions, here the completions' tokens; their mask, both (B, T, 1)."""
     (B, P), T, device = inputs["input_ids"].shape, max(map(len, completions)), inputs["input_ids"].device
     tokens = torch.tensor([c + [0] * (T - len(c)) for c in completions], device=device)[..., None]  # (B, T, 1)
     mask = torch.tensor([[1] * len(c) + [0] * (T - len(c)) for c in completions], device=device)[..., None]
     full = {key: F.pad(value, (0, T - 1)) if value.shape == (B, P) else value for key, value in inputs.items()}
     full["input_ids"][:, P:], full["attention_mask"][:, P:] = tokens[:, :-1, 0], mask[:, :-1, 0]  # not the last
-    if len(full) == 2 and "position_ids" in inspect.signature(model.forward).parameters:
+    if len(full) == 2 and "position_ids" in inspect.signature(model.forward).parameters:  # text only
         full["position_ids"] = (full["attention_mask"].cumsum(1) - 1).clamp(min=0)  # from the first real token on
     trunk = getattr(model.base_model, "decoder", model.base_model)  # OPT's is one level down
     outputs = trunk(**full, use_cache=False)
-    def head(hidden):  # what the model does after its trunk, whatever it is: so the trunk returns what there is already
+    def head(hidden):  # runs the model with `hidden` in the place of what its trunk returns: whatever comes after that
         with mock.patch.object(trunk, "forward", lambda *_, **__: replace(outputs, last_hidden_state=hidden)):
             return F.log_softmax(model(use_cache=False).logits.float(), dim=-1).to(device)
     t = max(1, stretch // (B * model.config.get_text_config().vocab_size))
@@ -245,9 +244,9 @@ def token_policy(model, inputs, completions, stretch=1 << 24):
 
 def continuation(processor, prefill, text):
     """The tokens of `text` after `prefill`; tokenizers disagree on where the space goes, so ask for both together."""
-    ids = lambda text: tokenizer_of(processor)(text, add_special_tokens=False)["input_ids"]
+    ids = lambda both: tokenizer_of(processor)(both, add_special_tokens=False)["input_ids"]
     stub = "".join(prefill.split()[-1:])
-    return ids(f"{stub} {text}".lstrip())[len(ids(stub)):]
+    return ids((stub + " " * (not text[:1].isspace()) + text).lstrip())[len(ids(stub)):]
 def choice_policy(model, processor, inputs, prefill, choices):
     """π of C choices in token_policy's form: one step, its features log π itself, (B, 1, C), all choices as actions.
     Asked is the next token after every beginning that choices share: they count up to the token that tells them apart
@@ -276,15 +275,15 @@ def generate(model, processor, conversations, *, expert=None, max_new_tokens=256
     ids, text) of each. segment: tokens, after which rows that have ended leave their batch. Raises as encode does."""
     tokenizer, answers = tokenizer_of(processor), [None] * len(conversations)
     uniforms = torch.rand(len(conversations), max_new_tokens) if uniforms is None else uniforms
-    end = np.ravel(model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()
+    end = np.ravel(model.generation_config.eos_token_id or tokenizer.eos_token_id or []).tolist()
     picture = getattr(processor, "image_token_id", None)  # were it drawn, it would ask for one more picture
     def draw(ids, scores):  # (B, V): rules out all but the first token where the running sum of π passes a row's number
         reached = (scores.float() / temperature).softmax(-1).cumsum(-1)
         passed = reached > uniforms[rows, ids.shape[1] - P, None].to(model.device) * reached[:, -1:]
         return torch.full_like(scores, -torch.inf).scatter(1, passed.int().argmax(-1, keepdim=True), 0.0)
     how = dict(do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,  # not the model's settings
-               eos_token_id=end, pad_token_id=tokenizer.pad_token_id, suppress_tokens=picture and [picture],
-               logits_processor=[draw] if temperature else [], return_dict_in_generate=True)
+               eos_token_id=end or None, pad_token_id=tokenizer.pad_token_id, suppress_tokens=picture and [picture],
+               logits_processor=[draw] if temperature else [], cache_implementation=None, return_dict_in_generate=True)
     for rows, inputs in batches(model, processor, conversations, prefill, 0 if choices else max_new_tokens):
         if choices:
             with use_expert(model, expert, rows):
@@ -292,21 +291,26 @@ def generate(model, processor, conversations, *, expert=None, max_new_tokens=256
             for i, c in zip(rows, likeliest):
                 answers[i] = [], choices[c]
             continue
-        P, cache = inputs["input_ids"].shape[1], None
-        room = min(max_new_tokens, context_of(model) - P)
+        P, room, context, cache = inputs["input_ids"].shape[1], max_new_tokens, context_of(model), None
         while rows:
-            n = room if hasattr(processor, "image_processor") else min(segment, room)  # pictures are shown once
+            n = min(room, context - int(inputs["attention_mask"].sum(1).max()))
+            room, n = (0, n) if hasattr(processor, "image_processor") else (room - min(n, segment), min(n, segment))
             with use_expert(model, expert, rows):
                 made = model.generate(**inputs, **how, past_key_values=cache, max_new_tokens=n)
             for i, row in zip(rows, made.sequences[:, P:].tolist()):
                 row = row[: next((t + 1 for t, token in enumerate(row) if token in end), len(row))]
                 answers[i] = row, tokenizer.decode(row, skip_special_tokens=True)
-            left = [j for j, i in enumerate(rows) if room > n and answers[i][0][-1] not in end]
+            mask = F.pad(inputs["attention_mask"], (0, n), value=1)
+            left = [j for j, i in enumerate(rows) if room and mask[j].sum() < context and answers[i][0][-1] not in end]
             if (cache := made.past_key_values) is not None:
                 cache.reorder_cache(torch.tensor(left, dtype=torch.long, device=model.device))
-            rows, room, mask = [rows[j] for j in left], room - n, F.pad(inputs["attention_mask"], (0, n), value=1)
-            inputs = {"input_ids": made.sequences[left], "attention_mask": mask[left]}
+            rows, inputs = [rows[j] for j in left], {"input_ids": made.sequences[left], "attention_mask": mask[left]}
     return answers if return_tokens else [text for _, text in answers]
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+MINE = slice(RANK, None, WORLD)  # this process's share of all rows
+def all_sum(x):  # over torchrun's processes, in place
+    return x if WORLD == 1 else distributed.all_reduce(x) or x
 
 def rollout(model, processor, task, problems, **how):
     """One answer to each problem: [(token ids, text, reward)]. how: expert, temperature, uniforms as for generate."""
@@ -318,11 +322,6 @@ def evaluate(model, processor, task, problems, *, expert=None):
     mine = expert[MINE] if isinstance(expert, list) else expert
     right = [max(reward, 0.0) for *_, reward in rollout(model, processor, task, problems[MINE], expert=mine)]
     return (all_sum(torch.tensor(right, dtype=torch.float32, device=model.device).sum()) / len(problems)).item()
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-MINE = slice(RANK, None, WORLD)  # this process's share of all rows
-def all_sum(x):  # over torchrun's processes, in place
-    return x if WORLD == 1 else distributed.all_reduce(x) or x
 
 # ---- Section 3.1, reinforcement learning: J(z) = E[ log π_W'(ŷ | x) r(ŷ, y) ] - λ KL(π_W' || π_W)  (eq. 1) ----
 @dataclass
@@ -342,10 +341,10 @@ class Hyperparameters:
 def policy_loss(logp, ref_logp, actions, mask, advantages, kl_coef):
     """-J of eq. 1 and the KL, both summed over the batch's rows.
     logp, ref_logp: (B, T, V), log π_W' and log π_W (or None, λ = 0). actions: (B, T, A), the one taken at each step
-    (A = 1), or all that were possible. mask: (B, T, 1), 1 where a row has a step. advantages: (B, A), the rewards r."""
+    (A = 1), or all that were possible. mask: (B, T, 1), 1 where a row has a step. advantages: (B, A), r."""
     taken = (logp.gather(-1, actions) * mask).sum(1)  # (B, A)
-    kl = 0.0 if ref_logp is None else ((logp.exp() * (logp - ref_logp)).sum(-1, keepdim=True) * mask).sum()
-    return kl_coef * kl - (taken * advantages).sum(), kl
+    kl = logp.new_zeros(1) if ref_logp is None else (logp.exp() * (logp - ref_logp)).sum(-1, keepdim=True) * mask
+    return kl_coef * kl.sum() - (taken * advantages).sum(), kl.sum().detach()
 
 def accumulate_gradient(model, processor, task, problems, answers, hp):
     """Adds the gradient of the problems' mean loss to each z; returns mean reward, accuracy and KL. Processes bring
@@ -362,7 +361,7 @@ def accumulate_gradient(model, processor, task, problems, answers, hp):
         with torch.no_grad(), use_expert(model, None):  # the reference is the same model at z = 1
             reference = policy()[0] if hp.kl_coef else None
         features, head, stretches, actions, mask = policy()
-        leaf = features.detach().requires_grad_()  # gathers the gradients, so that one stretch's log π exists at a time
+        leaf = features.detach().requires_grad_()  # backward as far as here for every stretch, once for the rest
         chance = leaf[:, 0].detach().exp() if task.choices else 1.0  # (B, C), or the one action that was drawn
         advantages = chance * (rewards[rows] - baseline)
         for t in stretches:
@@ -380,11 +379,12 @@ def reinforce(model, processor, task, *, checkpoint=None, **hyperparameters):
     after every step; one that exists is resumed, to the same end. Raises Transformer2Error if it is of another run."""
     hp = Hyperparameters(**hyperparameters)
     problems, held_out = task.problems("train"), task.problems("validation")[: hp.validation_problems]
-    state = start = {"step": 0, "z": get_expert(model), "score": -1.0, "run": {"task": task.name, **asdict(hp)}}
+    run = repr((task.name, task.max_new_tokens, hp, [*svf_layers(model)]))
+    state = {"step": 0, "z": get_expert(model), "score": -1.0, "run": run}
     if checkpoint and Path(checkpoint).exists():
         state = torch.load(checkpoint, map_location=model.device, weights_only=True)
-    if state.get("run") != start["run"]:
-        raise Transformer2Error(f"{checkpoint} was begun with {state.get('run')}: go on with the same")
+    if state.get("run") != run:
+        raise Transformer2Error(f"{checkpoint} was begun with other settings: go on with the same, or delete it")
     z = {name: x.clone().requires_grad_() for name, x in state["z"].items()}
     optimizer = torch.optim.AdamW(z.values(), weight_decay=0.0)
     optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
@@ -466,7 +466,7 @@ def few_shot(model, processor, task, problems, experts, *, population=32, iterat
     experts, K, rng, best = list(experts.values()), len(experts), np.random.default_rng(seed), []
     shape = K, model.config.get_text_config().num_hidden_layers if per_layer else 1
     mean, std, population = np.full(shape, 1 / K), np.full(shape, 0.5), max(population, K + 1)
-    elite = fresh = [*(np.eye(K + 1, K, -1)[..., None] * np.ones(shape))]  # α of the base model and of each expert
+    elite, fresh = [mean], [*(np.eye(K + 1, K, -1)[..., None] * np.ones(shape))]  # base model, each expert
     for i in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
         fresh += [*(mean + std * rng.standard_normal((population - len(best + fresh), *shape)))]
         rows, many = [z for z in (mix(experts, a) for a in fresh) for _ in problems], list(problems) * len(fresh)
