@@ -80,7 +80,7 @@ def look(model, processor, task, experts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", nargs="*", help="answer these (they come first); without any, show tables")
+    parser.add_argument("prompts", nargs="*", help="answer these (not right after --task); without any, show tables")
     parser.add_argument("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'")
     parser.add_argument("--experts", type=Path, help="default: experts/<model>")
     parser.add_argument("--task", nargs="+", default=[], metavar="UNSEEN", help=", ".join(TASKS))

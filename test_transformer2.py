@@ -463,6 +463,14 @@ def test_no_chat_template_and_no_pad_token(capsys):
     texts = t2.generate(make(), tokenizer, [say("Hello"), say("What is 1 plus 2?")], max_new_tokens=3, prefill="The")
     assert len(texts) == 2 and "no chat template" in capsys.readouterr().err
 
+def test_end_tokens():
+    model, tokenizer = make(), copy.deepcopy(TOKENIZER)
+    for models, tokenizers, end in (([3, 0], "<end>", [3, 0]), (None, "<pad>", [0]), (None, None, None)):
+        model.generation_config.eos_token_id, tokenizer.eos_token = models, tokenizers
+        with mock.patch.object(model, "generate", wraps=model.generate) as asked:
+            assert len(t2.generate(model, tokenizer, [say("Hello")], max_new_tokens=3)) == 1
+        assert asked.call_args.kwargs["eos_token_id"] == end
+
 def test_prompts_that_cannot_be_answered():
     model = make()
     with pytest.raises(t2.Transformer2Error, match="context ends at 64"):

@@ -275,7 +275,7 @@ def generate(model, processor, conversations, *, expert=None, max_new_tokens=256
     ids, text) of each. segment: tokens, after which rows that have ended leave their batch. Raises as encode does."""
     tokenizer, answers = tokenizer_of(processor), [None] * len(conversations)
     uniforms = torch.rand(len(conversations), max_new_tokens) if uniforms is None else uniforms
-    end = np.ravel(model.generation_config.eos_token_id or tokenizer.eos_token_id or []).tolist()
+    end = [int(t) for t in np.ravel(model.generation_config.eos_token_id or tokenizer.eos_token_id) if t is not None]
     picture = getattr(processor, "image_token_id", None)  # were it drawn, it would ask for one more picture
     def draw(ids, scores):  # (B, V): rules out all but the first token where the running sum of π passes a row's number
         reached = (scores.float() / temperature).softmax(-1).cumsum(-1)
@@ -341,7 +341,7 @@ class Hyperparameters:
 def policy_loss(logp, ref_logp, actions, mask, advantages, kl_coef):
     """-J of eq. 1 and the KL, both summed over the batch's rows.
     logp, ref_logp: (B, T, V), log π_W' and log π_W (or None, λ = 0). actions: (B, T, A), the one taken at each step
-    (A = 1), or all that were possible. mask: (B, T, 1), 1 where a row has a step. advantages: (B, A), r."""
+    (A = 1), or all that were possible. mask: (B, T, 1), 1 where a row has a step. advantages: (B, A)."""
     taken = (logp.gather(-1, actions) * mask).sum(1)  # (B, A)
     kl = logp.new_zeros(1) if ref_logp is None else (logp.exp() * (logp - ref_logp)).sum(-1, keepdim=True) * mask
     return kl_coef * kl.sum() - (taken * advantages).sum(), kl.sum().detach()
