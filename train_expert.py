@@ -21,11 +21,6 @@ from rewards import extract_code, letter_answer, math_answer, math_form, numeric
 from transformer2 import (CATEGORY_PREFILL, RANK, TARGETS, WORLD, Hyperparameters, Task, Transformer2Error, apply_svf,
                           category_question, evaluate, reinforce, save_expert, svf_layers, write_whole)
 
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
-
 CACHE = Path(".cache/transformer2")
 
 # ---- The tiny model's world: skills whose every question is answered right 40 % of the time and, the rest, sloppily in
@@ -377,6 +372,14 @@ def last_blocks(model, targets, share):
     blocks = "|".join(map(str, range(n - max(1, round(share * n)), n)))  # the first number in a layer's name
     return targets if share == 1 else rf"^(?=.*(?:{TARGETS.get(targets, targets)}))\D*\.({blocks})\."
 
+def peak_memory():
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+    return f"; peak memory {peak:.2f} GiB"
+
 def folder_name(model):
     return Path(model).name if Path(model).exists() else model.replace("/", "--")
 
@@ -451,9 +454,8 @@ def main():
         states.append(state)
     for state in states:  # not earlier: --resume goes on with the task that was interrupted
         state.unlink()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
     print("\n" + "\n".join(["held-out accuracy, base -> expert", *summary]))
-    print(f"z: {z:,} numbers, {z / parameters:.2%} of the model; peak memory {peak:.2f} GiB"
+    print(f"z: {z:,} numbers, {z / parameters:.2%} of the model{peak_memory()}"
           + (f", on the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""))
     if WORLD > 1:
         torch.distributed.destroy_process_group()

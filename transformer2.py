@@ -293,8 +293,8 @@ def generate(model, processor, conversations, *, expert=None, max_new_tokens=256
             continue
         P, room, context, cache = inputs["input_ids"].shape[1], max_new_tokens, context_of(model), None
         while rows:
-            n = min(room, context - int(inputs["attention_mask"].sum(1).max()))
-            room, n = (0, n) if hasattr(processor, "image_processor") else (room - min(n, segment), min(n, segment))
+            n = min(room if picture else segment, room, context - int(inputs["attention_mask"].sum(1).max()))
+            room = 0 if picture else room - n  # pictures are shown in the first run only: it has to be the last
             with use_expert(model, expert, rows):
                 made = model.generate(**inputs, **how, past_key_values=cache, max_new_tokens=n)
             for i, row in zip(rows, made.sequences[:, P:].tolist()):
@@ -341,7 +341,7 @@ class Hyperparameters:
 def policy_loss(logp, ref_logp, actions, mask, advantages, kl_coef):
     """-J of eq. 1 and the KL, both summed over the batch's rows.
     logp, ref_logp: (B, T, V), log π_W' and log π_W (or None, λ = 0). actions: (B, T, A), the one taken at each step
-    (A = 1), or all that were possible. mask: (B, T, 1), 1 where a row has a step. advantages: (B, A)."""
+    (A = 1), or all that were possible. mask: (B, T, 1), 1 where a row has a step. advantages: (B, A), r less a mean."""
     taken = (logp.gather(-1, actions) * mask).sum(1)  # (B, A)
     kl = logp.new_zeros(1) if ref_logp is None else (logp.exp() * (logp - ref_logp)).sum(-1, keepdim=True) * mask
     return kl_coef * kl.sum() - (taken * advantages).sum(), kl.sum().detach()
