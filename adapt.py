@@ -1,149 +1,300 @@
-"""
-Answers in two passes: pass 1 finds out which expert a prompt needs, pass 2 answers with it.
+"""Answers in two passes: pass 1 finds out which expert a prompt needs, pass 2 answers with it.
 
-    python adapt.py                                 # right after `python train_expert.py`: the whole paper at work
-    python adapt.py --model tiny-vlm                # a few held-out pictures, and what each expert says of them
-    python adapt.py --model DIR "a prompt" ...      # your own prompts, with the experts in experts/<model>
+python adapt.py                       # after `python train_expert.py`: the whole paper at work
+python adapt.py --model tiny-vlm      # some held-out pictures, and what each expert says of them
+python adapt.py --model DIR "a prompt" ...    # your own prompts, with the experts in experts/DIR
 """
+
 import argparse
 import time
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
+from torch import nn
 
-from train_expert import (CACHE, TASKS, TINY_UNSEEN, default_model, folder_name, get_task, guarded, load_model, say)
-from transformer2 import (Transformer2Error, apply_svf, classify, evaluate, few_shot, generate, load_expert, two_pass)
+from tasks import TASKS, TINY_UNSEEN, get_task, say
+from train_expert import CACHE, check_numbers, default_model, folder_name, guarded, load_model
+from transformer2 import (
+    Conversation,
+    Expert,
+    Experts,
+    Processor,
+    Task,
+    Transformer2Error,
+    apply_svf,
+    classify,
+    evaluate,
+    few_shot,
+    generate,
+    load_expert,
+    two_pass,
+)
 
-def read_experts(folder, model_name):
-    """{file stem: header} of a folder of experts. Raises Transformer2Error where it is empty or its targets differ."""
+STRATEGIES = ["prompt", "classifier", "few-shot"]
+EXAMPLES = 6  # held-out problems that are answered, or pictures that are looked at
+MEMORY_ADVICE = "take a smaller model, or limit the answers with --max-new-tokens"
+
+
+@dataclass
+class Library:
+    """A model and its experts."""
+
+    model: nn.Module
+    processor: Processor
+    by_name: dict[str, Expert]  # name of the file -> expert, without the classifier
+    by_category: dict[str, Expert | None]  # answer of pass 1 -> expert; None: the base model
+    classifier: Expert | None = None  # z^c, for pass 1 in strategy B
+
+
+def main() -> None:
+    args = read_arguments()
+    default_model(args)
+    tasks = choose_tasks(args)
+    dispatch = get_task("tiny-classify" if args.model == "tiny" else "classify")
+    library = load_library(args, dispatch)
+
+    sees_pictures = hasattr(library.processor, "image_processor")
+    if args.prompts:
+        show_tasks(library, tasks, args)
+        show_answers(library, [{"question": prompt} for prompt in args.prompts], args)
+    elif sees_pictures:
+        show_pictures(library, tasks)
+        show_tasks(library, tasks, args)
+    elif args.task:
+        show_tasks(library, tasks, args)
+    else:
+        show_dispatch(library, dispatch, args)
+        show_tasks(library, tasks, args)
+        show_answers(library, pick_examples(dispatch), args)
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line. Raises Transformer2Error for numbers that make no sense."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("prompts", nargs="*", help="answer these (not right after --task); without any: tables")
+    add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'")
+    add("--experts", type=Path, help="default: experts/<model>")
+    add("--task", nargs="+", metavar="UNSEEN", help=", ".join(TASKS))
+    add("--strategy", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    add("--shots", type=int, default=10, help="problems that few-shot adaptation may look at")
+    add("--population", type=int, default=32, help="candidates in an iteration of few-shot")
+    add("--iterations", type=int, default=20, help="of few-shot adaptation")
+    add("--test-problems", type=int, help="score on so many held-out problems; default: all")
+    add("--max-new-tokens", type=int, help="of an answer; default: the task's own, 150 to a prompt")
+    add("--seed", type=int, default=0, help="of the few-shot examples and of the search")
+    args = parser.parse_args()
+    check_numbers(args, ["shots", "population", "iterations", "test_problems", "max_new_tokens"])
+    return args
+
+
+def choose_tasks(args: argparse.Namespace) -> list[Task]:
+    """The tasks on which the strategies are compared."""
+    names = args.task or []
+    if args.model == "tiny" and not args.task and not args.prompts:
+        names = TINY_UNSEEN
+    tasks = []
+    for name in names:
+        task = get_task(name)
+        tasks.append(replace(task, max_new_tokens=args.max_new_tokens or task.max_new_tokens))
+    return tasks
+
+
+def load_library(args: argparse.Namespace, dispatch: Task) -> Library:
+    """Loads the model and all experts of its folder, and prints what there is.
+
+    Raises Transformer2Error for a model or experts that cannot be loaded or do not fit together.
+    """
+    folder = args.experts or Path("experts") / folder_name(args.model)
+    headers = read_headers(folder, args.model)
+    targets = read_targets(folder, headers)
+    model, processor = load_model(args.model)
+    apply_svf(model, targets, CACHE / "svd")
+
+    # A category that no expert is for is answered by the base model.
+    library = Library(model, processor, {}, by_category=dict.fromkeys(dispatch.choices))
+    for name, header in headers.items():
+        expert = load_expert(folder / f"{name}.safetensors", model)
+        if header["model"] != args.model:
+            print(f"note: expert {name} was trained on {header['model']}")
+        if name.endswith("classify"):
+            library.classifier = expert
+            continue
+        category = header.get("category") or name
+        if library.by_category.get(category) is not None:
+            place = f"the place of another one for prompts of the category {category}"
+            print(f"note: expert {name} takes {place}")
+        library.by_name[name] = expert
+        library.by_category[category] = expert
+    names = ", ".join(library.by_name) or "none"
+    classifier = "no" if library.classifier is None else "yes"
+    print(f"{args.model}: experts {names}; classifier: {classifier}")
+    return library
+
+
+def read_headers(folder: Path, model_name: str) -> dict[str, dict[str, str]]:
+    """Name of the file -> the facts in its header, for all experts of a folder.
+
+    Raises Transformer2Error if there is no expert, or one that cannot be read.
+    """
     headers = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, "pt") as f:
-                headers[path.stem] = f.metadata() or {}
-        except Exception as error:
-            raise Transformer2Error(f"cannot read the expert {path}: {error}")
+            with safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+        except Exception as error:  # a damaged file raises errors of many kinds
+            raise Transformer2Error(f"cannot read the expert {path}: {error}") from error
+        headers[path.stem] = {"model": model_name, "targets": "mlp", **facts}
     if not headers:
-        raise Transformer2Error(f"no experts in {folder}: train some with python train_expert.py --model {model_name}")
-    if len(targets := {about.get("targets", "mlp") for about in headers.values()}) > 1:
-        raise Transformer2Error(f"the experts in {folder} have different targets ({', '.join(sorted(targets))}): keep "
-                                "those of one kind there, and move the others")
+        command = f"python train_expert.py --model {model_name}"
+        raise Transformer2Error(f"no experts in {folder}: train some with {command}")
     return headers
 
-def confusion(title, categories, truth, chosen):
-    """Prints counts, one row per true category, one column per chosen one."""
-    right = np.mean([t == c for t, c in zip(truth, chosen)])
-    print(f"\n{title}: {right:.1%} of {len(truth)} held-out prompts")
-    print(" " * 14 + "".join(f"{c:>12}" for c in categories))
-    for t in dict.fromkeys(truth):
-        print(f"  {t:12}" + "".join(f"{sum(a == t and b == c for a, b in zip(truth, chosen)):12}" for c in categories))
 
-def compare(model, processor, task, experts, by_category, ways, args):
-    """Prints a line with test accuracy for the base model, every expert and every strategy on an unseen task."""
-    test, score = task.problems("test")[: args.test_problems], {}
-    def measure(name, expert):
-        clock = time.time()
-        score[name] = evaluate(model, processor, task, test, expert=expert)
-        print(f"  {name:24} {score[name]:7.1%}  {time.time() - clock:5.1f} s", flush=True)
-    trained = "a task of its own expert" if task.name in experts else "a task no expert was trained on"
-    print(f"\n{task.name}, {trained}: accuracy on {len(test)} held-out problems")
-    measure("base model", None)
-    for name, expert in experts.items():
-        measure(f"expert {name}", expert)
-    conversations = [task.conversation(p) for p in test]
-    for strategy, z in ways.items():
-        chosen = classify(model, processor, conversations, list(by_category), expert=z)
-        measure(strategy, [by_category[c] for c in chosen])
-    if "few-shot" in args.strategy:
-        shots = task.problems("train")
-        shots = np.random.default_rng(args.seed).choice(shots, min(args.shots, len(shots)), replace=False).tolist()
-        for name, per_layer in (("few-shot", True), ("few-shot, one α each", False)):
-            clock = time.time()
-            z, alphas = few_shot(model, processor, task, shots, experts, per_layer=per_layer, seed=args.seed,
-                                 population=args.population, iterations=args.iterations)
-            note = "" if per_layer else "  α " + ", ".join(f"{n} {a:+.2f}" for n, a in zip(experts, alphas[:, 0]))
-            print(f"  (cross-entropy search on {len(shots)} problems: {time.time() - clock:.1f} s{note})")
-            measure(name, z)
+def read_targets(folder: Path, headers: dict[str, dict[str, str]]) -> str:
+    """The targets of all experts. Raises Transformer2Error if they differ."""
+    targets = sorted({header["targets"] for header in headers.values()})
+    if len(targets) > 1:
+        reason = f"the experts in {folder} have different targets ({', '.join(targets)})"
+        raise Transformer2Error(f"{reason}: keep those of one kind there, and move the others")
+    return targets[0]
 
-def look(model, processor, task, experts):
-    """Prints what the base model and every expert say of a few held-out pictures."""
-    problems = task.problems("test")[:6]
-    say = lambda expert: generate(model, processor, [task.conversation(p) for p in problems], expert=expert,
-                                  prefill=task.prefill, max_new_tokens=task.max_new_tokens)
-    said = {name: say(expert) for name, expert in {"base": None, **experts}.items()}
-    for i, p in enumerate(problems):
-        print(f"\n{'picture':12}{p.get('image', 'none')}\n{'question':12}{p['question']} (truth: {p['answer']})")
-        for name, texts in said.items():
-            right = task.reward(texts[i], p) > 0
-            print(f"{name:12}{texts[i].strip()}  {'(right)' if right else '(wrong)'}")
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", nargs="*", help="answer these (not right after --task); without any, show tables")
-    parser.add_argument("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'")
-    parser.add_argument("--experts", type=Path, help="default: experts/<model>")
-    parser.add_argument("--task", nargs="+", default=[], metavar="UNSEEN", help=", ".join(TASKS))
-    parser.add_argument("--strategy", nargs="+", default=["prompt", "classifier", "few-shot"],
-                        choices=["prompt", "classifier", "few-shot"])
-    parser.add_argument("--shots", type=int, default=10, help="problems that few-shot adaptation may look at")
-    parser.add_argument("--population", type=int, default=32, help="candidates in an iteration of few-shot adaptation")
-    parser.add_argument("--iterations", type=int, default=20, help="of few-shot adaptation")
-    parser.add_argument("--test-problems", type=int, help="score on so many of the held-out problems; default: all")
-    parser.add_argument("--max-new-tokens", type=int, help="of an answer; default: the task's own, 150 to a prompt")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    default_model(args)
-    tasks = [get_task(t) for t in args.task or (TINY_UNSEEN if args.model == "tiny" and not args.prompts else [])]
-    for task in tasks:
-        task.max_new_tokens = args.max_new_tokens or task.max_new_tokens
-    folder = args.experts or Path("experts") / folder_name(args.model)
-    headers = read_experts(folder, args.model)
-    model, processor = load_model(args.model)
-    apply_svf(model, next(iter(headers.values())).get("targets", "mlp"), CACHE / "svd")
-    loaded = {stem: load_expert(folder / f"{stem}.safetensors", model) for stem in headers}
-    for stem, about in headers.items():
-        if about.get("model", args.model) != args.model:
-            print(f"note: expert {stem} was trained on {about['model']}")
-    classifier = next((e for stem, e in loaded.items() if stem.endswith("classify")), None)
-    experts = {stem: e for stem, e in loaded.items() if not stem.endswith("classify")}
-    dispatch = get_task("tiny-classify" if args.model == "tiny" else "classify")
-    by_category = dict.fromkeys(dispatch.choices)  # a category without an expert is answered by the base weights
-    for stem, expert in experts.items():
-        category = headers[stem].get("category") or stem
-        if by_category.get(category):
-            print(f"note: expert {stem} takes the place of another one for prompts of the category {category}")
-        by_category[category] = expert
-    categories = list(by_category)
-    ways = {"prompt": None} | ({"classifier": classifier} if classifier else {})  # strategy -> the expert of pass 1
-    ways = {strategy: z for strategy, z in ways.items() if strategy in args.strategy}
-    print(f"{args.model}: experts {', '.join(experts) or 'none'}; classifier: {'yes' if classifier else 'no'}")
+def first_passes(
+    library: Library, conversations: list[Conversation], args: argparse.Namespace
+) -> dict[str, list[str]]:
+    """Strategy -> the category of each conversation, for the strategies that classify."""
+    model, processor, categories = library.model, library.processor, list(library.by_category)
+    chosen = {}
+    if "prompt" in args.strategy:
+        chosen["prompt"] = classify(model, processor, conversations, categories)
+    if "classifier" in args.strategy and library.classifier is not None:
+        chosen["classifier"] = classify(
+            model, processor, conversations, categories, expert=library.classifier
+        )
+    return chosen
 
-    prompts, truth = args.prompts, None
-    sees = hasattr(processor, "image_processor")
-    if not prompts and sees:  # pass 1 tells text prompts apart; here the pictures are the point
-        for task in tasks or [get_task(stem) for stem in experts if stem in TASKS]:
-            look(model, processor, task, experts)
-    elif not prompts and not args.task:
-        problems = dispatch.problems("test")
-        conversations, truth = [say(p) for p in problems], [p["answer"] for p in problems]
-        for strategy, z in ways.items():
-            chosen = classify(model, processor, conversations, categories, expert=z)
-            confusion(f"dispatch by {strategy}", categories, truth, chosen)
-        spread = np.linspace(0, len(problems) - 1, 6).astype(int)  # a few of every kind
-        prompts, truth = [problems[i]["question"] for i in spread], [truth[i] for i in spread]
-    for task in tasks:
-        if experts:
-            compare(model, processor, task, experts, by_category, ways, args)
-    if not prompts:
+
+def show_dispatch(library: Library, dispatch: Task, args: argparse.Namespace) -> None:
+    """Prints which categories the strategies find for held-out prompts."""
+    problems = dispatch.problems("test")
+    conversations = [say(problem) for problem in problems]
+    truth = [problem["answer"] for problem in problems]
+    for strategy, chosen in first_passes(library, conversations, args).items():
+        print_confusion(f"dispatch by {strategy}", list(library.by_category), truth, chosen)
+
+
+def print_confusion(title: str, categories: list[str], truth: list[str], chosen: list[str]) -> None:
+    """Prints counts of prompts: one row per true category, one column per chosen one."""
+    counts = Counter(zip(truth, chosen))
+    right = sum(counts[category, category] for category in categories)
+    print(f"\n{title}: {right / len(truth):.1%} of {len(truth)} held-out prompts")
+    print(" " * 14 + "".join(f"{category:>12}" for category in categories))
+    for true_category in dict.fromkeys(truth):
+        cells = [f"{counts[true_category, category]:12}" for category in categories]
+        print(f"  {true_category:12}" + "".join(cells))
+
+
+def show_tasks(library: Library, tasks: list[Task], args: argparse.Namespace) -> None:
+    """Prints the accuracy of the base model, every expert and every strategy on each task."""
+    if not library.by_name:  # only a classifier
         return
-    conversations, how = [say({"question": p}) for p in prompts], dict(max_new_tokens=args.max_new_tokens or 150)
-    before = generate(model, processor, conversations, **how)
-    after = two_pass(model, processor, conversations, by_category, classifier=ways.get("classifier"), **how)
-    for i, (prompt, base, (category, answer)) in enumerate(zip(prompts, before, after)):
-        print(f"\nprompt    {prompt}\ncategory  {category}{f' (truth: {truth[i]})' if truth else ''}"
-              f"\nbase      {base.strip()}")
-        print(f"answer    {answer.strip() if by_category[category] else 'the same: no expert for this category'}")
+    for task in tasks:
+        test = task.problems("test")[: args.test_problems]
+        known = task.name in library.by_name
+        relation = "a task of its own expert" if known else "a task no expert was trained on"
+        print(f"\n{task.name}, {relation}: accuracy on {len(test)} held-out problems")
+        show_score("base model", library, task, test, expert=None)
+        for name, expert in library.by_name.items():
+            show_score(f"expert {name}", library, task, test, expert)
+        conversations = [task.conversation(problem) for problem in test]
+        for strategy, chosen in first_passes(library, conversations, args).items():
+            row_experts = [library.by_category[category] for category in chosen]
+            show_score(strategy, library, task, test, row_experts)
+        if "few-shot" in args.strategy:
+            show_few_shot(library, task, test, args)
+
+
+def show_score(label: str, library: Library, task: Task, test: list[dict], expert: Experts) -> None:
+    """Prints the accuracy on the problems of `test`. expert: as for transformer2.evaluate."""
+    start_time = time.time()
+    accuracy = evaluate(library.model, library.processor, task, test, expert=expert)
+    print(f"  {label:24} {accuracy:7.1%}  {time.time() - start_time:5.1f} s", flush=True)
+
+
+def show_few_shot(library: Library, task: Task, test: list[dict], args: argparse.Namespace) -> None:
+    """Prints the accuracy of the mixtures of experts that a few training problems choose."""
+    problems = task.problems("train")
+    count = min(args.shots, len(problems))
+    rows = np.random.default_rng(args.seed).choice(len(problems), count, replace=False)
+    shots = [problems[row] for row in rows]
+    settings = {"population": args.population, "iterations": args.iterations, "seed": args.seed}
+    model, processor, experts = library.model, library.processor, library.by_name
+    for label, per_layer in {"few-shot": True, "few-shot, one α each": False}.items():
+        start_time = time.time()
+        mixture, alphas = few_shot(
+            model, processor, task, shots, experts, per_layer=per_layer, **settings
+        )
+        note = f"{time.time() - start_time:.1f} s"
+        if not per_layer:
+            values = [f"{name} {alpha:+.2f}" for name, [alpha] in zip(experts, alphas)]
+            note += "  α " + ", ".join(values)
+        print(f"  (cross-entropy search on {len(shots)} problems: {note})")
+        show_score(label, library, task, test, mixture)
+
+
+def pick_examples(dispatch: Task) -> list[dict]:
+    """A few held-out problems of every kind."""
+    problems = dispatch.problems("test")
+    # Evenly spread, as a dataset may have one kind after the other.
+    rows = np.linspace(0, len(problems) - 1, EXAMPLES).astype(int)
+    return [problems[row] for row in rows]
+
+
+def show_answers(library: Library, problems: list[dict], args: argparse.Namespace) -> None:
+    """Prints each prompt's category, and its answer without and with the category's expert."""
+    model, processor, experts = library.model, library.processor, library.by_category
+    conversations = [say(problem) for problem in problems]
+    limit = args.max_new_tokens or 150
+    base_answers = generate(model, processor, conversations, max_new_tokens=limit)
+    classifier = library.classifier if "classifier" in args.strategy else None
+    adapted = two_pass(
+        model, processor, conversations, experts, classifier=classifier, max_new_tokens=limit
+    )
+    for problem, base_answer, (category, answer) in zip(problems, base_answers, adapted):
+        truth = f" (truth: {problem['answer']})" if "answer" in problem else ""
+        if experts.get(category) is None:
+            answer = "the same: no expert for this category"
+        print(f"\nprompt    {problem['question']}")
+        print(f"category  {category}{truth}")
+        print(f"base      {base_answer.strip()}")
+        print(f"answer    {answer.strip()}")
+
+
+def show_pictures(library: Library, tasks: list[Task]) -> None:
+    """Prints what the base model and every expert say of a few held-out pictures."""
+    if not tasks:  # the ones that the experts are for
+        tasks = [get_task(name) for name in library.by_name if name in TASKS]
+    for task in tasks:
+        problems = task.problems("test")[:EXAMPLES]
+        conversations = [task.conversation(problem) for problem in problems]
+        model, processor = library.model, library.processor
+        options = {"max_new_tokens": task.max_new_tokens, "prefill": task.prefill}
+        answers = {}
+        for name, expert in {"base": None, **library.by_name}.items():
+            answers[name] = generate(model, processor, conversations, expert=expert, **options)
+        for i, problem in enumerate(problems):
+            print(f"\n{'picture':12}{problem.get('image', 'none')}")
+            print(f"{'question':12}{problem['question']} (truth: {problem['answer']})")
+            for name, texts in answers.items():
+                verdict = "right" if task.reward(texts[i], problem) > 0 else "wrong"
+                print(f"{name:12}{texts[i].strip()}  ({verdict})")
+
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, MEMORY_ADVICE)

@@ -285,6 +285,7 @@ def reinforce(
                 on_step(stats, answers)
     finally:
         progress.set_values(progress.start)
+        progress.optimizer.zero_grad()
     return progress.best
 
 
@@ -299,7 +300,7 @@ def update(model, processor, task, problems, progress, hp, step) -> tuple[StepSt
     """One step of eq. 1: the model answers, answers are rewarded, z follows the gradient of J."""
     start_time = time.time()
     # 1) add the gradient of -J to z.grad
-    if task.choices:
+    if task.choices is not None:
         answers = []
         stats = add_choice_gradient(model, processor, task, problems, hp)
     else:
@@ -345,7 +346,7 @@ def add_gradient(
     lengths = [len(answer.tokens) for answer in answers]
     stats = StepStats(reward=sum(answer.reward for answer in answers) / len(rewards))
     for rows, inputs in batches(
-        model, processor, conversations, task.prefill, lengths, hp.token_budget, has_logits=True
+        model, processor, conversations, task.prefill, lengths, hp.token_budget, with_logits=True
     ):
         completions = [answers[row].tokens for row in rows]
         with checkpointing(model, hp.checkpointing):
@@ -409,7 +410,7 @@ def evaluate(
 
 def greedy_rewards(model, processor, task, problems: list[dict], expert: Experts) -> list[float]:
     """The reward of the greedy answer, or of the likeliest choice, to each problem."""
-    if not task.choices:
+    if task.choices is None:
         answers = rollout(model, processor, task, problems, expert, temperature=0.0, seed=0)
         return [answer.reward for answer in answers]
     own_expert = select_experts(expert, my_share(range(len(problems))))
@@ -704,9 +705,9 @@ def choice_batches(model, processor, task, problems, budget: int) -> Iterator[tu
     choices = [choice_tokens(processor, task, problem) for problem in problems]
     conversations = [task.conversation(problem) for problem in problems]
     longest = [max(len(choice) for choice in own_choices) for own_choices in choices]
-    copies = 1 + max(len(own_choices) for own_choices in choices)  # of a prompt's cache
+    copies = 1 + max([len(own_choices) for own_choices in choices], default=0)  # of each prompt
     for rows, inputs in batches(
-        model, processor, conversations, task.prefill, longest, budget // copies, has_logits=True
+        model, processor, conversations, task.prefill, longest, budget // copies, with_logits=True
     ):
         yield rows, inputs, [choices[row] for row in rows]
 
@@ -737,7 +738,8 @@ def generate(
     rows = range(len(conversations))
     sampling = Sampling(max_new_tokens, temperature, prefill, seed, rows)
     completions = generate_tokens(model, processor, conversations, expert, sampling)
-    return tokenizer_of(processor).batch_decode(completions, skip_special_tokens=True)
+    tokenizer = tokenizer_of(processor)
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in completions]
 
 
 @dataclass
@@ -864,9 +866,6 @@ def tokenizer_of(processor) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "left"  # all completions of a batch start in the same column
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    if not processor.chat_template and not tokenizer.chat_template:
-        print("note: the model has no chat template, so prompts read 'User: ...'", file=sys.stderr)
-        processor.chat_template = tokenizer.chat_template = FALLBACK_TEMPLATE
     return tokenizer
 
 
@@ -884,6 +883,9 @@ def encode(
         if isinstance(conversations[0], str):
             inputs = tokenizer([text + prefill for text in conversations], **options)
         else:
+            if not processor.chat_template and not tokenizer.chat_template:
+                print("note: no chat template, so prompts read 'User: ...'", file=sys.stderr)
+                processor.chat_template = tokenizer.chat_template = FALLBACK_TEMPLATE
             messages = [messages_of(prompt, prefill, sees) for prompt in conversations]
             if sees:
                 options = {"return_tensors": "pt", "processor_kwargs": {"padding": True}}
@@ -943,7 +945,7 @@ def solution_log_probs(model, processor, task, problems, expert: Experts) -> lis
     solutions = [continuation(processor, p, task.prefill, text) for p, text in zip(prompts, texts)]
     lengths = [len(tokens) for tokens in solutions]
     log_probs = {}
-    for rows, inputs in batches(model, processor, prompts, task.prefill, lengths, has_logits=True):
+    for rows, inputs in batches(model, processor, prompts, task.prefill, lengths, with_logits=True):
         with use_expert(model, select_experts(expert, rows)):
             batch = completion_log_probs(model, inputs, [solutions[row] for row in rows])
         log_probs.update(zip(rows, batch.tolist()))
@@ -955,10 +957,10 @@ def solution_log_probs(model, processor, task, problems, expert: Experts) -> lis
 TOKEN_BUDGET = 16384  # tokens of a batch where no gradient is taken
 
 
-def batches(model, processor, conversations, prefill, new_tokens, budget=None, has_logits=False):
+def batches(model, processor, conversations, prefill, new_tokens, budget=None, with_logits=False):
     """Yields (row numbers, encoded prompts) of batches of rows of similar length.
 
-    A batch has at most `budget` tokens of prompts and new tokens, padding included. has_logits: its
+    A batch has at most `budget` tokens of prompts and new tokens, padding included. with_logits: its
     new tokens also have at most 1 GiB of logits. A row that could pass the end of the context has a
     batch of its own.
     """
@@ -967,13 +969,14 @@ def batches(model, processor, conversations, prefill, new_tokens, budget=None, h
         inputs = encode(model, processor, conversations[start : start + 256], prefill)
         lengths += inputs["attention_mask"].sum(1).tolist()
     lengths, new_tokens = np.array(lengths, int), np.array(new_tokens, int)
+    budget = TOKEN_BUDGET if budget is None else budget
     vocabulary = model.config.get_text_config().vocab_size
-    most_with_logits = 2**28 / vocabulary if has_logits else math.inf  # a logit has 4 bytes
+    most_with_logits = 2**28 / vocabulary if with_logits else math.inf  # a logit has 4 bytes
     groups = []
     for row in np.argsort(-(lengths + new_tokens), kind="stable").tolist():
         rows = [*groups[-1], row] if groups else [row]
         width, new_width = lengths[rows].max(), new_tokens[rows].max()
-        is_full = len(rows) * (width + new_width) > (budget or TOKEN_BUDGET)
+        is_full = len(rows) * (width + new_width) > budget
         is_full = is_full or len(rows) * new_width > most_with_logits
         is_full = is_full or (lengths + new_tokens)[rows].max() > context_length(model)
         if is_full or not groups:
