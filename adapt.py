@@ -20,7 +20,7 @@ from train_expert import CACHE, check_numbers, default_model, folder_name, guard
 from transformer2 import (
     Conversation,
     Expert,
-    Experts,
+    ExpertOrRows,
     Processor,
     Task,
     Transformer2Error,
@@ -220,7 +220,9 @@ def show_tasks(library: Library, tasks: list[Task], args: argparse.Namespace) ->
             show_few_shot(library, task, test, args)
 
 
-def show_score(label: str, library: Library, task: Task, test: list[dict], expert: Experts) -> None:
+def show_score(
+    label: str, library: Library, task: Task, test: list[dict], expert: ExpertOrRows
+) -> None:
     """Prints the accuracy on the problems of `test`. expert: as for transformer2.evaluate."""
     start_time = time.time()
     accuracy = evaluate(library.model, library.processor, task, test, expert=expert)

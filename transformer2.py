@@ -8,12 +8,11 @@ They are all that trains, by reinforcement learning on the model's own answers. 
 first pass finds out which expert or mixture of experts a prompt needs. A second pass answers.
 
 The file follows the paper, section 3.1 and section 3.2. The plumbing comes last.
-Shapes in comments: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary,
-C choices of one problem, N choices of all problems in a batch, r singular values, K experts.
+Shapes in comments: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C choices
+of one problem, N choices of all problems in a batch, m x n a weight, r singular values, K experts.
 """
 
 import contextlib
-import functools
 import hashlib
 import inspect
 import math
@@ -23,8 +22,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from operator import itemgetter
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,8 @@ Model = nn.Module  # a causal language model of transformers, or a PEFT model ar
 Processor = PreTrainedTokenizerBase  # or the processor of a model that sees pictures
 Conversation = list[dict] | str  # messages {"role", "content"}, or plain text without a template
 Expert = dict[str, torch.Tensor]  # layer name -> z (r,); a layer that is not in it has z = 1
-Experts = Expert | None | list[Expert | None]  # None: the base model; a list: one for each row
+# What a batch runs with: None for the base model (z = 1), one Expert, or a list, one for each row.
+ExpertOrRows = Expert | None | list[Expert | None]
 
 
 class Transformer2Error(ValueError):
@@ -56,22 +56,25 @@ class Transformer2Error(ValueError):
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits W (m, n) into U (m, r), s (r,) and Vh (r, n) with W = U diag(s) Vh; r = min(m, n).
 
-    s descends, in float32. W = (W V) Vᵀ for any orthogonal V; the eigenvectors of WᵀW are the V for
-    which W V has orthogonal columns. So the factors are exact, up to rounding.
+    s descends, in float32; U and Vh have the weight's dtype. W = (W V) Vᵀ for any orthogonal V.
+    With the eigenvectors of WᵀW, the columns of W V are orthogonal too: they are U times s.
     """
-    # 1) Take the side on which WᵀW is small, (r, r). It needs float64, which Apple's GPUs lack.
+    # 1) Transpose a wide W, so that WᵀW is (r, r). Its eigenvalues are s², which costs half of the
+    #    digits, hence float64.
     is_wide = weight.shape[0] < weight.shape[1]
     W = weight.detach().T if is_wide else weight.detach()
-    W = W.float() if W.device.type == "mps" else W.double()
-    # 2) The right singular vectors. eigh sorts by eigenvalue from small to large.
-    V = torch.linalg.eigh(W.T @ W).eigenvectors.flip(-1)  # (n, r)
-    # 3) The columns of W V are the left singular vectors, times the singular values.
-    scaled_U = W @ V  # (m, r)
+    if W.device.type == "mps":  # it has no float64
+        W = W.cpu()
+    W = W.double()
+    # 2) The right singular vectors. eigh sorts from small to large.
+    V = torch.linalg.eigh(W.T @ W).eigenvectors.flip(-1)  # (r, r)
+    # 3) The left singular vectors and the singular values.
+    scaled_U = W @ V  # (max(m, n), r)
     s = scaled_U.norm(dim=0)
     U = scaled_U / s.clamp(min=1e-12)
-    if is_wide:  # Wᵀ was split: Wᵀ = U diag(s) Vᵀ means W = V diag(s) Uᵀ
+    if is_wide:  # Wᵀ = U diag(s) Vᵀ means W = V diag(s) Uᵀ
         U, V = V, U
-    return U.to(weight.dtype).contiguous(), s.float(), V.T.to(weight.dtype).contiguous()
+    return U.to(weight).contiguous(), s.float().to(weight.device), V.T.to(weight).contiguous()
 
 
 class SVFLinear(nn.Module):
@@ -89,10 +92,11 @@ class SVFLinear(nn.Module):
         self.register_buffer("U", U)  # (out, r)
         self.register_buffer("s", s)  # (r,), in float32 whatever the model's dtype
         self.register_buffer("Vh", Vh)  # (r, in)
-        self.z = nn.Parameter(torch.ones_like(s))
+        self.z = nn.Parameter(torch.ones_like(s))  # the base model
         self.active_z: torch.Tensor | None = None  # set by use_expert: (r,), or (B, r), one per row
         self.bias = linear.bias
-        # merge_svf needs the former layer. In a list it is no submodule; its weight is released.
+        # merge_svf puts the layer back. Until then it has no weight; the list hides it from torch,
+        # which would register it as a submodule.
         linear.weight = None
         self.dense_layer = [linear]
 
@@ -105,7 +109,7 @@ class SVFLinear(nn.Module):
         """W' (out, in), built: for merge_svf and for code that reads a layer's weight."""
         z = self.current_z()
         if z.dim() > 1:
-            raise Transformer2Error("a layer's weight is read where every row has its own expert")
+            raise Transformer2Error("W' cannot be built for a list of experts: use a single one")
         return ((self.U.float() * (self.s * z)) @ self.Vh.float()).to(self.U.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,10 +128,9 @@ def apply_svf(model: Model, targets: str = "mlp", cache_dir: str | Path | None =
     expression over layer names; never embeddings or the output head. cache_dir: a folder that keeps
     decompositions for the next time. Raises Transformer2Error if no layer matches.
     """
-    layers = matching_layers(model, targets)
+    layers = matching_layers(model, targets).items()
     model.requires_grad_(False)
-    for name in tqdm(list(layers), desc="decomposing", leave=False, delay=2, disable=None):
-        layer = layers.pop(name)  # so that its dense weight is released before the next layer
+    for name, layer in tqdm(layers, desc="decomposing", leave=False, delay=2, disable=None):
         model.set_submodule(name, SVFLinear(layer, cache_dir))
     return model.eval()
 
@@ -139,11 +142,14 @@ def svf_layers(model: Model) -> dict[str, SVFLinear]:
 
 
 def merge_svf(model: Model) -> Model:
-    """Folds the z's in use into layers of the former class. In place; returns the model."""
-    for name, layer in svf_layers(model).items():
+    """Folds the z's in use into layers of the original class. In place; returns the model."""
+    for name in list(svf_layers(model)):
+        layer = model.get_submodule(name)
         dense_layer = layer.dense_layer[0]
-        weight = layer.weight.T if isinstance(dense_layer, Conv1D) else layer.weight
-        dense_layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+        weight = layer.weight.detach()
+        if isinstance(dense_layer, Conv1D):  # it keeps its weight transposed
+            weight = weight.T
+        dense_layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         model.set_submodule(name, dense_layer)
     return model
 
@@ -157,49 +163,41 @@ def get_expert(model: Model) -> Expert:
     return {name: layer.current_z().detach().clone() for name, layer in layers.items()}
 
 
-@contextlib.contextmanager
-def use_expert(model: Model, expert: Experts) -> Iterator[None]:
-    """`with use_expert(model, expert):` runs the model with these z's, then puts back the former.
+def use_expert(model: Model, expert: ExpertOrRows) -> contextlib.AbstractContextManager:
+    """`with use_expert(model, expert):` runs the model with these z's, then puts the previous back.
 
-    expert: None for the base model (z = 1), an Expert, or a list with one of these for each row of
-    the batch. Raises Transformer2Error for an expert that does not fit the model.
+    expert: None for the base model (z = 1), an Expert, or a list of these, one for each row of the
+    batch. Raises Transformer2Error for an expert that does not fit the model.
     """
     layers = svf_layers(model)
     new_z = stack_experts(expert, layers)  # layer name -> (r,), or (B, r) for a list
-    before = {name: layer.active_z for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer.active_z = new_z[name]
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.active_z = before[name]
+    return changed([(layer, "active_z", new_z[name]) for name, layer in layers.items()])
 
 
 # ---- Section 3.1: learning an expert with policy gradients ---------------------------------------
 #
-# Eq. 1 is     J(z) = E[ r(ŷ, y) ] - λ KL( π_W' ‖ π_W ),   ŷ an answer drawn from π_W'( · | x).
+# Eq. 1 is     J(z) = E[ log π_W'(ŷ|x) r(ŷ, y) ] - λ KL( π_W' ‖ π_W ),   ŷ drawn from π_W'( · | x).
 #
-# Its gradient is an expectation over the model's own answers,
-#     ∇J = E[ ∇ log π_W'(ŷ|x) · ( r(ŷ, y) - λ log( π_W'(ŷ|x) / π_W(ŷ|x) ) ) ],
-# so one sampled answer to each problem estimates it: the gradient of log π_W'(ŷ|x), weighted with
-# the reward less λ times the log ratio. The weight is a number: no gradient flows through it.
+# The reward r is a number to REINFORCE, no gradient flows through it. The gradient of the KL is an
+# expectation over the same answers, so that
+#     ∇J = E[ ∇ log π_W'(ŷ|x) · ( r(ŷ, y) - λ log( π_W'(ŷ|x) / π_W(ŷ|x) ) ) ].
+# One sampled answer to each problem estimates it. It raises the expected reward.
 
 
 @dataclass
 class Task:
-    """What training and evaluation need to know. A problem is a dict with question and answer."""
+    """A task. A problem is a dict with question, answer and, if there is one, a worked solution."""
 
     name: str
-    problems: Callable[[str], list[dict]]  # of a split: "train", "validation" or "test"
-    conversation: Callable[[dict], Conversation]  # the prompt of a problem
-    reward: Callable[[str, dict], float]  # of an answer: 1 is right, below 0 is wrong
+    problems: Callable[[str], list[dict]]  # split ("train", "validation", "test") -> problems
+    conversation: Callable[[dict], Conversation]  # problem -> prompt
+    reward: Callable[[str, dict], float]  # (answer, problem) -> 1 if right, below 0 if wrong
     max_new_tokens: int = 256
     prefill: str = ""  # the start of every answer, such as "Let's think step by step"
     # The only possible answers: a list, or a function of the problem. Nothing is generated then.
     choices: list[str] | Callable[[dict], list[str]] | None = None
-    category: str | None = None  # what pass 1 calls prompts of this kind
-    hyper: dict = field(default_factory=dict)  # Hyperparameters that suit this task
+    category: str | None = None  # for the caller: what pass 1 calls prompts of this kind
+    hyper: dict = field(default_factory=dict)  # for the caller: Hyperparameters that suit the task
 
 
 @dataclass
@@ -208,7 +206,7 @@ class Hyperparameters:
 
     steps: int = 100  # updates of z
     batch_size: int = 256  # problems in an update, with one answer each
-    lr: float = 2e-3  # of AdamW; it falls to 0 along a cosine
+    lr: float = 2e-3  # AdamW's learning rate, which falls to 0 along a cosine
     kl_coef: float = 0.0  # λ; the paper picks 0, 0.1, 0.2 or 0.3 on validation problems
     max_grad_norm: float = 1e-3  # over all z's together
     baseline: bool = True  # subtract the mean of the other rewards (not in the paper)
@@ -216,21 +214,21 @@ class Hyperparameters:
     validation_problems: int = 128
     token_budget: int = 2048  # tokens in a micro-batch of an update, padding included
     checkpointing: bool = False  # less memory for activations, a third more time
-    seed: int = 0  # of the draw of problems and of the sampled answers
+    seed: int = 0  # draws the problems and the answers
 
 
 @dataclass
 class Answer:
-    """What the model said to a problem, and what that was worth."""
+    """The model's answer to a problem, and its reward."""
 
-    tokens: list[int]
+    tokens: list[int]  # empty for a task with choices
     text: str
     reward: float
 
 
 @dataclass
 class StepStats:
-    """The figures of one training step. Reward and KL are means over its problems."""
+    """The statistics of one training step. Reward and KL are means over its problems."""
 
     step: int = 0
     reward: float = 0.0
@@ -255,12 +253,13 @@ def reinforce(
     Trains in place whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns the
     values with the best validation accuracy, and restores the start. hyperparameters: fields of
     Hyperparameters. checkpoint: a file for the progress after each step; if it exists, the run goes
-    on from there. on_step: gets the figures and the sampled answers of each step (no answers for a
-    task with choices). Raises Transformer2Error if nothing requires gradients, and for the
-    checkpoint of another run.
+    on from there. on_step: gets the statistics and the sampled answers of each step (no answers for
+    a task with choices). Raises Transformer2Error if nothing requires gradients, or if the
+    checkpoint belongs to a run with other settings.
     """
     hp = Hyperparameters(**hyperparameters)
     check_seed(hp.seed)
+    model.eval()  # dropout would make another policy of it
     train_problems = task.problems("train")
     held_out_problems = task.problems("validation")[: hp.validation_problems]
     progress = Progress(model, task, hp)
@@ -268,19 +267,21 @@ def reinforce(
         progress.load(checkpoint)
     try:
         for step in range(progress.next_step, hp.steps + 1):
-            stats, answers = StepStats(step), []
-            if step > 0:  # step 0 only validates the start
+            if step == 0:  # only validates the start
+                stats, answers = StepStats(), []
+            else:
                 problems = draw_problems(train_problems, hp, step)
                 stats, answers = update(model, processor, task, problems, progress, hp, step)
             if step % hp.validate_every == 0 or step == hp.steps:
-                z = get_expert(model)
+                z = get_expert(model)  # None would be the base model
                 stats.validation = evaluate(model, processor, task, held_out_problems, expert=z)
-                if stats.validation >= progress.best_score:  # of equals the later, trained longer
-                    progress.best, progress.best_score = progress.values(), stats.validation
+                if stats.validation >= progress.best_score:  # at a tie the later one
+                    progress.best_score = stats.validation
+                    progress.best = progress.trained_values()
+            tqdm.write(describe(stats))
             progress.next_step = step + 1
             if checkpoint is not None and process_rank() == 0:
                 progress.save(checkpoint)
-            tqdm.write(describe(stats))
             if on_step is not None:
                 on_step(stats, answers)
     finally:
@@ -291,23 +292,28 @@ def reinforce(
 
 def draw_problems(problems: list[dict], hp: Hyperparameters, step: int) -> list[dict]:
     """The problems of a step. Seed and step alone decide, so that a run can be resumed."""
-    generator = torch.Generator().manual_seed(hp.seed * 100_003 + step)
+    if not problems:
+        raise Transformer2Error("the task has no problems to train on")
+    generator = torch.Generator().manual_seed(step_seed(hp, step))
     order = torch.randperm(len(problems), generator=generator)
     return [problems[i] for i in order[: hp.batch_size]]
 
 
-def update(model, processor, task, problems, progress, hp, step) -> tuple[StepStats, list[Answer]]:
+def update(
+    model, processor, task: Task, problems: list[dict], progress, hp: Hyperparameters, step: int
+) -> tuple[StepStats, list[Answer]]:
     """One step of eq. 1: the model answers, answers are rewarded, z follows the gradient of J."""
     start_time = time.time()
     # 1) add the gradient of -J to z.grad
-    if task.choices is not None:
-        answers = []
-        stats = add_choice_gradient(model, processor, task, problems, hp)
-    else:
-        z, seed = get_expert(model), hp.seed * 100_003 + step
+    if task.choices is None:
+        z = get_expert(model)
+        seed = step_seed(hp, step)
         answers = rollout(model, processor, task, problems, z, temperature=1.0, seed=seed)
         stats = add_gradient(model, processor, task, problems, answers, hp)
         stats.mean_length = sum(len(answer.tokens) for answer in answers) / len(answers)
+    else:
+        answers = []
+        stats = add_choice_gradient(model, processor, task, problems, hp)
     # 2) a step of AdamW, with a clipped gradient and a learning rate that falls along a cosine
     parameters = list(progress.parameters.values())
     sum_over_processes(parameters, stats)
@@ -316,49 +322,73 @@ def update(model, processor, task, problems, progress, hp, step) -> tuple[StepSt
     progress.optimizer.param_groups[0]["lr"] = hp.lr * (1 + cosine) / 2
     progress.optimizer.step()
     progress.optimizer.zero_grad()
-    stats.step, stats.seconds = step, time.time() - start_time
+    stats.step = step
+    stats.seconds = time.time() - start_time
     return stats, answers
 
 
 def rollout(
-    model, processor, task, problems: list[dict], expert: Experts, temperature: float, seed: int
+    model,
+    processor,
+    task,
+    problems: list[dict],
+    expert: ExpertOrRows,
+    temperature: float,
+    seed: int,
 ) -> list[Answer]:
-    """One answer to each problem, and its reward. expert, temperature, seed: as for generate."""
-    rows = my_share(range(len(problems)))  # all of them, unless several processes share the work
-    prompts = [task.conversation(problems[row]) for row in rows]
-    sampling = Sampling(task.max_new_tokens, temperature, task.prefill, seed, rows)
-    completions = generate_tokens(model, processor, prompts, select_experts(expert, rows), sampling)
+    """An answer to each problem, generated or the likeliest of its choices, and its reward."""
+    # The numbers of all problems, or this process's share of them if several train together.
+    numbers = my_share(range(len(problems)))
+    problems = [problems[number] for number in numbers]
+    expert = select_experts(expert, numbers)
+    if task.choices is None:
+        conversations = [task.conversation(problem) for problem in problems]
+        completions = generate_tokens(
+            model,
+            processor,
+            conversations,
+            expert,
+            numbers,
+            max_new_tokens=task.max_new_tokens,
+            temperature=temperature,
+            prefill=task.prefill,
+            seed=seed,
+        )
+        texts = decode(processor, completions)
+    else:
+        completions = [[]] * len(problems)
+        texts = likeliest_choices(model, processor, task, problems, expert)
     answers = []
-    for row, tokens in zip(rows, completions):
-        text = tokenizer_of(processor).decode(tokens, skip_special_tokens=True)
-        answers.append(Answer(tokens, text, float(task.reward(text, problems[row]))))
+    for problem, tokens, text in zip(problems, completions, texts):
+        answers.append(Answer(tokens, text, float(task.reward(text, problem))))
     return gather_shares(answers)
 
 
 def add_gradient(
     model, processor, task, problems: list[dict], answers: list[Answer], hp: Hyperparameters
 ) -> StepStats:
-    """Adds the gradient of -J (eq. 1), a mean over problems, estimated from an answer to each."""
+    """Adds the gradient of -J (eq. 1), estimated from one answer to each problem."""
     rewards = torch.tensor([answer.reward for answer in answers], device=model.device)  # (B,)
-    advantages = leave_one_out_advantages(rewards) if hp.baseline else rewards
-    answers, advantages = my_share(answers), my_share(advantages)
+    all_advantages = leave_one_out_advantages(rewards) if hp.baseline else rewards
+    # With several processes, each adds the part of its own problems.
+    my_answers, advantages = my_share(answers), my_share(all_advantages)
     conversations = [task.conversation(problem) for problem in my_share(problems)]
-    lengths = [len(answer.tokens) for answer in answers]
-    stats = StepStats(reward=sum(answer.reward for answer in answers) / len(rewards))
+    lengths = [len(answer.tokens) for answer in my_answers]
+    stats = StepStats(reward=sum(answer.reward for answer in my_answers) / len(answers))
     for rows, inputs in batches(
         model, processor, conversations, task.prefill, lengths, hp.token_budget, with_logits=True
     ):
-        completions = [answers[row].tokens for row in rows]
+        completions = [my_answers[row].tokens for row in rows]
         with checkpointing(model, hp.checkpointing):
-            log_probs = completion_log_probs(model, inputs, completions)  # (B,) log π_W'(ŷ|x)
+            log_probs = completion_log_probs(model, inputs, completions)  # (b,) log π_W'(ŷ|x)
         ref_log_probs = log_probs.detach()
         if hp.kl_coef > 0:
             with torch.no_grad(), reference_policy(model):
                 ref_log_probs = completion_log_probs(model, inputs, completions)  # log π_W(ŷ|x)
         loss = reinforce_loss(log_probs, ref_log_probs, advantages[rows], hp.kl_coef)
-        share = len(rows) / len(rewards)
-        (share * loss).backward()
-        stats.kl += share * (log_probs.detach() - ref_log_probs).mean().item()
+        fraction = len(rows) / len(answers)  # micro-batches add up to the mean over all problems
+        (fraction * loss).backward()
+        stats.kl += fraction * (log_probs.detach() - ref_log_probs).mean().item()
     return stats
 
 
@@ -385,7 +415,7 @@ def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def leave_one_out_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """Each reward less the mean of the others, (B,). Less noise, and the gradient is unbiased."""
+    """Each reward minus the mean of the others, (B,). The gradient has less noise, and no bias."""
     other_rewards = rewards.sum() - rewards
     return rewards - other_rewards / max(1, len(rewards) - 1)
 
@@ -399,24 +429,21 @@ def reinforce_loss(
 
 
 def evaluate(
-    model: Model, processor: Processor, task: Task, problems: list[dict], *, expert: Experts = None
+    model: Model,
+    processor: Processor,
+    task: Task,
+    problems: list[dict],
+    *,
+    expert: ExpertOrRows = None,
 ) -> float:
-    """Mean accuracy of greedy answers, in [0, 1]. A reward below 0 counts as 0."""
+    """Mean accuracy of greedy answers, in [0, 1]. A reward below 0 counts as 0.
+
+    expert: as for use_expert. Raises Transformer2Error if there are no problems.
+    """
     if not problems:
         raise Transformer2Error(f"task {task.name} has no problems to evaluate on")
-    rewards = greedy_rewards(model, processor, task, problems, expert)
-    return sum(max(0.0, reward) for reward in rewards) / len(rewards)
-
-
-def greedy_rewards(model, processor, task, problems: list[dict], expert: Experts) -> list[float]:
-    """The reward of the greedy answer, or of the likeliest choice, to each problem."""
-    if task.choices is None:
-        answers = rollout(model, processor, task, problems, expert, temperature=0.0, seed=0)
-        return [answer.reward for answer in answers]
-    own_expert = select_experts(expert, my_share(range(len(problems))))
-    mine = my_share(problems)
-    texts = likeliest_choices(model, processor, task, mine, own_expert)
-    return gather_shares([float(task.reward(text, p)) for text, p in zip(texts, mine)])
+    answers = rollout(model, processor, task, problems, expert, temperature=0.0, seed=0)
+    return sum(max(0.0, answer.reward) for answer in answers) / len(answers)
 
 
 # ---- Section 3.2: self-adaptation. Pass 1 decides on z', pass 2 answers with it ------------------
@@ -428,16 +455,19 @@ def classify(
     conversations: list[Conversation],
     categories: list[str],
     *,
-    expert: Experts = None,
+    expert: ExpertOrRows = None,
 ) -> list[str]:
     """Pass 1: the likeliest category of each conversation.
 
     Strategy A (the prompt) without an expert, B with expert z^c, which is trained to classify.
     """
-    questions = [category_question(conversation, categories) for conversation in conversations]
-    task = Task("classify", list, itemgetter("question"), reward=None, prefill=CATEGORY_PREFILL)
-    task.choices = list(categories)
-    problems = [{"question": question} for question in questions]
+
+    def ask_category(problem: dict) -> list[dict]:
+        return category_question(problem["question"], categories)
+
+    task = Task("classify", problems=None, conversation=ask_category, reward=None)
+    task = replace(task, choices=list(categories), prefill=CATEGORY_PREFILL)
+    problems = [{"question": conversation} for conversation in conversations]
     return likeliest_choices(model, processor, task, problems, expert)
 
 
@@ -453,7 +483,7 @@ def two_pass(
     """(category, answer) of each conversation: pass 1 classifies it, pass 2 answers.
 
     experts: category -> Expert, or None for the base model; "other" is added. classifier: z^c of
-    strategy B. options: of generate. All rows answer in one batch, each under its own expert.
+    strategy B. options: of generate. Batches mix the experts, one for each row.
     """
     categories = list(dict.fromkeys([*experts, "other"]))
     chosen = classify(model, processor, conversations, categories, expert=classifier)
@@ -463,17 +493,21 @@ def two_pass(
 
 
 def mix(experts: list[Expert], alphas: torch.Tensor | np.ndarray) -> Expert:
-    """z' = 1 + sum_k α_k (z_k - 1): the paper's sum, where the base model takes what α leaves.
+    """z' = 1 + sum_k α_k (z_k - 1): the paper's sum of α_k z_k if the α sum to 1.
 
-    alphas: (K, 1), or (K, blocks) with a weight for each expert in each block of the network.
+    Otherwise the rest of the weight goes to the base model, z = 1. alphas: (K, 1), or (K, blocks)
+    with a weight for each expert in each block of the network.
     """
+    alphas = torch.as_tensor(alphas, dtype=torch.float32).reshape(len(experts), -1)
     mixture = {}
-    for expert, own_alphas in zip(experts, torch.as_tensor(alphas, dtype=torch.float32)):
+    for expert, expert_alphas in zip(experts, alphas):
         for name, z in expert.items():
-            block = re.search(r"\.(\d+)\.|$", name).group(1) or 0  # 3 in model.layers.3.mlp.up_proj
-            alpha = own_alphas[int(block) % len(own_alphas)]
+            block = 0
+            block_number = re.search(r"\.(\d+)\.", name)  # 3 in model.layers.3.mlp.up_proj
+            if block_number and len(expert_alphas) > 1:
+                block = int(block_number.group(1))
             before = mixture.get(name, torch.ones_like(z, device="cpu"))
-            mixture[name] = before + alpha * (z.cpu() - 1)
+            mixture[name] = before + expert_alphas[block] * (z.cpu() - 1)
     return mixture
 
 
@@ -491,34 +525,48 @@ def few_shot(
 ) -> tuple[Expert, torch.Tensor]:
     """Strategy C: the mixture of experts that answers a few problems best, and its α.
 
-    Accuracy decides, and between equals the mean log-likelihood of the right answers. α is (K, 1),
-    or (K, blocks) with per_layer. It is not clipped.
+    Accuracy decides, and at a tie the mean log-likelihood of the right answers. α is (K, 1), or
+    (K, blocks) with per_layer. It is not clipped. Raises Transformer2Error without problems or
+    experts.
     """
     check_seed(seed)
+    if not problems or not experts:
+        raise Transformer2Error("few_shot needs at least one problem and one expert")
+    expert_list = list(experts.values())
+    K = len(expert_list)
     blocks = model.config.get_text_config().num_hidden_layers if per_layer else 1
-    # The search starts with the base model and every single expert.
-    base_and_experts = np.eye(len(experts) + 1, len(experts), -1)  # (K + 1, K)
-    first = np.repeat(base_and_experts[..., None], blocks, axis=2)  # (K + 1, K, blocks)
-    own_experts = list(experts.values())
-    score = functools.partial(score_mixtures, model, processor, task, problems, own_experts)
+    # The search starts with the base model (all α are 0) and every single expert.
+    base_and_experts = np.vstack([np.zeros((1, K)), np.eye(K)])  # (K + 1, K)
+    first = np.repeat(base_and_experts[:, :, None], blocks, axis=2)  # (K + 1, K, blocks)
+    score = partial(score_mixtures, model, processor, task, problems, expert_list)
     alphas = cross_entropy_method(score, first, population, iterations, seed)
-    return mix(own_experts, alphas), torch.tensor(alphas, dtype=torch.float32)
+    return mix(expert_list, alphas), torch.tensor(alphas, dtype=torch.float32)
 
 
-def score_mixtures(model, processor, task, problems, experts, candidates) -> list[tuple]:
-    """(accuracy, mean log-likelihood of the right answers) of every candidate α.
+def score_mixtures(
+    model, processor, task, problems: list[dict], experts: list[Expert], candidates: list
+) -> list[tuple[float, float]]:
+    """(accuracy, mean log-likelihood of the right answers) of each candidate α.
 
-    All candidates answer all problems in one batch, each row under its own z.
+    The candidates answer together: a batch has rows of several candidates, each under its own z.
     """
     all_problems, all_experts = [], []
     for alphas in candidates:
         all_problems += problems
         all_experts += [mix(experts, alphas)] * len(problems)
-    rewards = greedy_rewards(model, processor, task, all_problems, all_experts)
-    likelihoods = solution_log_probs(model, processor, task, all_problems, all_experts)
-    accuracies = np.clip(rewards, 0, None).reshape(len(candidates), -1).mean(1)
-    likelihoods = np.reshape(likelihoods, (len(candidates), -1)).mean(1)
-    return list(zip(accuracies, likelihoods))
+    answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
+    accuracies = np.array([max(0.0, answer.reward) for answer in answers])
+    # The right answer is scored as the only choice.
+    solution_task = replace(task, choices=right_answer)
+    scores = score_choices(model, processor, solution_task, all_problems, expert=all_experts)
+    likelihoods = np.array([log_probs.item() for log_probs in scores])
+    shape = (len(candidates), len(problems))
+    return list(zip(accuracies.reshape(shape).mean(1), likelihoods.reshape(shape).mean(1)))
+
+
+def right_answer(problem: dict) -> list[str]:
+    """The worked solution of a problem, or else its answer."""
+    return [str(problem["solution"] if "solution" in problem else problem["answer"])]
 
 
 def cross_entropy_method(
@@ -529,23 +577,25 @@ def cross_entropy_method(
     score: a list of candidates -> a list of scores. first: (n, *shape), the first candidates.
     """
     rng = np.random.default_rng(seed)
-    mean = np.full(first.shape[1:], 1 / first.shape[1])
-    deviation = np.full(first.shape[1:], 0.5)
+    shape = first.shape[1:]
+    mean = np.full(shape, 1 / shape[0])
+    deviation = np.full(shape, 0.5)
     num_elite = max(2, round(0.2 * population))
     best, best_score = None, None
     for iteration in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
         # 1) sample candidates around the mean
         candidates = list(first) if iteration == 0 else []
         while len(candidates) < population:
-            candidates.append(mean + deviation * rng.standard_normal(mean.shape))
-        # 2) score them, all in one batch; the best so far stays among them, with its score
+            candidates.append(mean + deviation * rng.standard_normal(shape))
+        # 2) score them; the best so far stays among them, with its score
         scores = score(candidates)
         if best is not None:
             candidates.append(best)
             scores.append(best_score)
-        # 3) refit mean and deviation to the elite; a floor that shrinks to 0 keeps the search open
-        ranking = sorted(range(len(candidates)), key=scores.__getitem__, reverse=True)
+        ranking = sorted(range(len(candidates)), key=lambda i: scores[i], reverse=True)
         best, best_score = candidates[ranking[0]], scores[ranking[0]]
+        # 3) fit mean and deviation to the elite; an extra deviation, smaller in each iteration,
+        #    keeps the search from narrowing down too early
         elite = np.stack([candidates[i] for i in ranking[:num_elite]])
         mean = elite.mean(0)
         deviation = elite.std(0) + 0.2 * (1 - iteration / iterations)
@@ -564,38 +614,39 @@ def choice_log_probs(
 
     inputs: left-padded prompts from encode. choices: the token ids of each prompt's own choices;
     their number may differ. Each prompt runs once, its key-value cache is repeated for its choices,
-    and these run as one batch of short rows. Differentiable, also through the cache.
+    and the choices run on these copies. Differentiable, also through the cache.
     """
     if not can_repeat_cache(model, inputs):
-        return whole_choice_log_probs(model, inputs, choices)
+        return choice_log_probs_without_cache(model, inputs, choices)
     counts = [len(own_choices) for own_choices in choices]
-    owner = torch.tensor(np.repeat(np.arange(len(choices)), counts), device=model.device)  # (N,)
+    prompt_of_choice = torch.arange(len(choices)).repeat_interleave(torch.tensor(counts))  # (N,)
+    prompt_of_choice = prompt_of_choice.to(model.device)
     all_choices = [choice for own_choices in choices for choice in own_choices]
-    tokens, mask = pad_right(all_choices, model.device)  # (N, L); choice i is of prompt owner[i]
+    tokens, mask = pad_right(all_choices, model.device)  # (N, T)
 
     # 1) Every prompt runs once. Its last position predicts the first token of all its choices.
     prompts = run_model(model, inputs, logits_to_keep=1, use_cache=True)
-    first_logits = prompts.logits[owner, -1]  # (N, V)
+    first_logits = prompts.logits[prompt_of_choice, -1]  # (N, V)
     log_probs = token_log_probs(first_logits, tokens[:, 0]) * mask[:, 0]  # (N,)
 
-    # 2) The other tokens of a choice run on a copy of its prompt's cache. Token t predicts token
+    # 2) The other tokens of each choice run on a copy of its prompt's cache. Token t predicts token
     #    t + 1, so the last one need not run.
     if tokens.shape[1] > 1:
         cache = prompts[cache_name(model)]
-        cache.batch_select_indices(owner)
-        prompt_mask = inputs["attention_mask"][owner]  # (N, P)
+        cache.batch_select_indices(prompt_of_choice)
+        prompt_mask = inputs["attention_mask"][prompt_of_choice]  # (N, P)
         choice_inputs = {
             "input_ids": tokens[:, :-1],
             "attention_mask": torch.cat([prompt_mask, mask[:, :-1]], dim=1),
             cache_name(model): cache,
         }
-        logits = run_model(model, choice_inputs, use_cache=True).logits  # (N, L - 1, V)
+        logits = run_model(model, choice_inputs, use_cache=True).logits  # (N, T - 1, V)
         later_log_probs = token_log_probs(logits, tokens[:, 1:]) * mask[:, 1:]
         log_probs = log_probs + later_log_probs.sum(1)
     return list(log_probs.split(counts))
 
 
-def whole_choice_log_probs(model, inputs, choices) -> list[torch.Tensor]:
+def choice_log_probs_without_cache(model, inputs: dict, choices: list) -> list[torch.Tensor]:
     """As choice_log_probs, but prompt and choice run as one sequence, one pass for each choice."""
     columns = []
     for c in range(max(len(own_choices) for own_choices in choices)):
@@ -606,71 +657,82 @@ def whole_choice_log_probs(model, inputs, choices) -> list[torch.Tensor]:
     return [row[: len(own_choices)] for row, own_choices in zip(log_probs, choices)]
 
 
-def can_repeat_cache(model, inputs) -> bool:
-    """False for state-space and hybrid layers, pictures, checkpointing, and an expert per row."""
-    causal_lm = without_peft(model)
-    layer_types = getattr(causal_lm.config, "layer_types", None) or []
-    attention = {"full_attention", "sliding_attention", "chunked_attention"}
-    if getattr(causal_lm, "_is_stateful", False) or not set(layer_types) <= attention:
+def can_repeat_cache(model, inputs: dict) -> bool:
+    """True if choice_log_probs can run the choices on copies of the prompts' cache."""
+    # State-space and convolution layers keep a state that transformers cannot repeat.
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
+    repeatable = {"full_attention", "sliding_attention", "chunked_attention"}
+    if getattr(without_peft(model), "_is_stateful", False) or not set(layer_types) <= repeatable:
         return False
-    for module in model.modules():
-        has_row_experts = isinstance(module, SVFLinear) and module.current_z().dim() > 1
-        if has_row_experts or getattr(module, "gradient_checkpointing", False):
-            return False
+    # Layers under checkpointing run without a cache.
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return False
+    # N choices would meet the z's of B rows.
+    if any(layer.current_z().dim() > 1 for layer in svf_layers(model).values()):
+        return False
     return not has_pictures(inputs)
 
 
 def choice_loss(log_probs: list, ref_log_probs: list, rewards: list, kl_coef: float) -> tuple:
-    """-J of eq. 1, exact: its expectations are sums over the choices. Also the reward and the KL.
+    """-J of eq. 1 for a policy that answers with a choice: exact, as its expectations are sums.
 
-    The lists have a tensor (C,) for each problem. π is the softmax over a problem's choices.
+    The lists have a tensor (C,) for each problem. π is renormalised over a problem's choices.
+    Returns the loss, the mean expected reward and the mean KL.
     """
-    expected_rewards, kls = [], []
-    for scores, ref_scores, own_rewards in zip(log_probs, ref_log_probs, rewards):
-        log_pi = scores.log_softmax(0)
-        log_ratio = log_pi - ref_scores.log_softmax(0)
-        expected_rewards.append((log_pi.exp() * own_rewards).sum())
-        kls.append((log_pi.exp() * log_ratio).sum())
-    reward, kl = torch.stack(expected_rewards).mean(), torch.stack(kls).mean()
+    reward, kl = 0.0, 0.0
+    for own_log_probs, own_ref_log_probs, own_rewards in zip(log_probs, ref_log_probs, rewards):
+        log_pi = own_log_probs.log_softmax(0)  # (C,)
+        log_ratio = log_pi - own_ref_log_probs.log_softmax(0)
+        reward = reward + (log_pi.exp() * own_rewards).sum() / len(rewards)
+        kl = kl + (log_pi.exp() * log_ratio).sum() / len(rewards)
     return kl_coef * kl - reward, reward.detach(), kl.detach()
 
 
 def add_choice_gradient(model, processor, task, problems, hp: Hyperparameters) -> StepStats:
-    """As add_gradient, for a task with choices: over all of them instead of one sampled answer."""
+    """As add_gradient, for a task with choices: from all choices instead of one answer."""
     stats = StepStats()
-    mine = my_share(problems)
-    for rows, inputs, choices in choice_batches(model, processor, task, mine, hp.token_budget):
-        rewards = []
-        for problem in [mine[row] for row in rows]:
-            own = [float(task.reward(text, problem)) for text in choices_of(task, problem)]
-            rewards.append(torch.tensor(own, device=model.device))  # (C,)
+    my_problems = my_share(problems)
+    all_choices = [choice_tokens(processor, task, problem) for problem in my_problems]
+    for rows, inputs in choice_batches(
+        model, processor, task, my_problems, all_choices, hp.token_budget
+    ):
+        choices = [all_choices[row] for row in rows]
+        rewards = [choice_rewards(model, task, my_problems[row]) for row in rows]
         with checkpointing(model, hp.checkpointing):
             log_probs = choice_log_probs(model, inputs, choices)
-        ref_log_probs = [scores.detach() for scores in log_probs]
+        ref_log_probs = [own_log_probs.detach() for own_log_probs in log_probs]
         if hp.kl_coef > 0:
             with torch.no_grad(), reference_policy(model):
                 ref_log_probs = choice_log_probs(model, inputs, choices)
         loss, reward, kl = choice_loss(log_probs, ref_log_probs, rewards, hp.kl_coef)
-        share = len(rows) / len(problems)
-        (share * loss).backward()
-        stats.reward += share * reward.item()
-        stats.kl += share * kl.item()
+        fraction = len(rows) / len(problems)
+        (fraction * loss).backward()
+        stats.reward += fraction * reward.item()
+        stats.kl += fraction * kl.item()
     return stats
 
 
 @torch.no_grad()
 def score_choices(
-    model: Model, processor: Processor, task: Task, problems: list[dict], *, expert: Experts = None
+    model: Model,
+    processor: Processor,
+    task: Task,
+    problems: list[dict],
+    *,
+    expert: ExpertOrRows = None,
 ) -> list[torch.Tensor]:
-    """log π of the choices of each problem: a tensor (C,) for each. expert: as for generate."""
-    scores, budget = {}, TOKEN_BUDGET // 4
-    for rows, inputs, choices in choice_batches(model, processor, task, problems, budget):
+    """log π of the choices of each problem: a tensor (C,) for each. expert: as for use_expert."""
+    choices = [choice_tokens(processor, task, problem) for problem in problems]
+    scores = {}
+    budget = TOKEN_BUDGET // 4  # repeated caches are slow in larger batches
+    for rows, inputs in choice_batches(model, processor, task, problems, choices, budget):
         with use_expert(model, select_experts(expert, rows)):
-            scores.update(zip(rows, choice_log_probs(model, inputs, choices)))
+            batch_scores = choice_log_probs(model, inputs, [choices[row] for row in rows])
+        scores.update(zip(rows, batch_scores))
     return [scores[row] for row in range(len(problems))]
 
 
-def likeliest_choices(model, processor, task, problems, expert: Experts) -> list[str]:
+def likeliest_choices(model, processor, task, problems, expert: ExpertOrRows) -> list[str]:
     """The likeliest choice of each problem."""
     scores = score_choices(model, processor, task, problems, expert=expert)
     return [choices_of(task, problem)[row.argmax()] for problem, row in zip(problems, scores)]
@@ -685,31 +747,57 @@ def choices_of(task: Task, problem: dict) -> list[str]:
     return choices
 
 
+def choice_rewards(model, task: Task, problem: dict) -> torch.Tensor:
+    """The rewards of a problem's choices, (C,)."""
+    rewards = [float(task.reward(text, problem)) for text in choices_of(task, problem)]
+    return torch.tensor(rewards, device=model.device)
+
+
 def choice_tokens(processor, task: Task, problem: dict) -> list[list[int]]:
     """Token ids of the choices of a problem.
 
-    In a chat they get an end token where one begins another, as "math" begins "mathematics". After
-    a plain string they get none, as benchmarks score them.
+    If one begins another ("math", "mathematics"), all get an end token. After a plain string none
+    gets one, as benchmarks score them. A prefill is followed by a space.
     """
-    prompt, end = task.conversation(problem), tokenizer_of(processor).eos_token_id
-    texts = choices_of(task, problem)
-    choices = [continuation(processor, prompt, task.prefill, text) for text in texts]
+    tokenizer = prepared_tokenizer(processor)
+    prompt = task.conversation(problem)
+    before = prompt + task.prefill if isinstance(prompt, str) else task.prefill
+    choices = []
+    for text in choices_of(task, problem):
+        if task.prefill and not text[:1].isspace():
+            text = " " + text
+        choices.append(continuation(tokenizer, before, text))
     begins_another = any(a != b and b[: len(a)] == a for a in choices for b in choices)
-    if begins_another and end is not None and not isinstance(prompt, str):
-        choices = [[*choice, end] for choice in choices]
+    if begins_another and not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
+        choices = [[*choice, tokenizer.eos_token_id] for choice in choices]
     return choices
 
 
-def choice_batches(model, processor, task, problems, budget: int) -> Iterator[tuple]:
-    """Yields (row numbers, encoded prompts, choices) for choice_log_probs."""
-    choices = [choice_tokens(processor, task, problem) for problem in problems]
+def continuation(tokenizer, before: str, text: str) -> list[int]:
+    """Token ids of a text that follows another: those of "is math" without those of "is".
+
+    Many tokenizers have different tokens for "math" and " math", so the text alone is not enough.
+    """
+    words = before.split()
+    last_word = words[-1] if words else ""
+    start = tokenizer(last_word, add_special_tokens=False)["input_ids"]
+    joint = tokenizer(last_word + text, add_special_tokens=False)["input_ids"]
+    if joint[: len(start)] == start:
+        return joint[len(start) :]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def choice_batches(model, processor, task, problems, choices: list, budget: int) -> Iterator[tuple]:
+    """Yields (row numbers, encoded prompts) for choice_log_probs.
+
+    A prompt counts once for itself and once for each of its choices, as its cache is repeated.
+    """
     conversations = [task.conversation(problem) for problem in problems]
     longest = [max(len(choice) for choice in own_choices) for own_choices in choices]
-    copies = 1 + max([len(own_choices) for own_choices in choices], default=0)  # of each prompt
-    for rows, inputs in batches(
+    copies = 1 + max([len(own_choices) for own_choices in choices], default=0)
+    return batches(
         model, processor, conversations, task.prefill, longest, budget // copies, with_logits=True
-    ):
-        yield rows, inputs, [choices[row] for row in rows]
+    )
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -720,7 +808,7 @@ def generate(
     processor: Processor,
     conversations: list[Conversation],
     *,
-    expert: Experts = None,
+    expert: ExpertOrRows = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     prefill: str = "",
@@ -728,64 +816,76 @@ def generate(
 ) -> list[str]:
     """The model's answers to conversations.
 
-    expert: None for the base model, an Expert, or a list with one of these per conversation.
-    temperature: 0 is greedy. prefill: the start of every answer. seed: of sampled answers; None
+    expert: None for the base model, an Expert, or a list with one entry for each conversation.
+    temperature: 0 is greedy. prefill: the start of every answer. seed: for sampled answers; None
     draws one from torch's generator. Raises Transformer2Error for a prompt that is longer than the
     model's context or cannot be encoded.
     """
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
     check_seed(seed)
-    rows = range(len(conversations))
-    sampling = Sampling(max_new_tokens, temperature, prefill, seed, rows)
-    completions = generate_tokens(model, processor, conversations, expert, sampling)
-    tokenizer = tokenizer_of(processor)
-    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in completions]
-
-
-@dataclass
-class Sampling:
-    """How answers are generated: as the parameters of generate say."""
-
-    max_new_tokens: int
-    temperature: float
-    prefill: str
-    seed: int
-    rows: range  # answer i is drawn from the random stream (seed, rows[i])
+    completions = generate_tokens(
+        model,
+        processor,
+        conversations,
+        expert,
+        range(len(conversations)),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        prefill=prefill,
+        seed=seed,
+    )
+    return decode(processor, completions)
 
 
 def generate_tokens(
-    model, processor, conversations: list, expert: Experts, sampling: Sampling
+    model,
+    processor,
+    conversations: list[Conversation],
+    expert: ExpertOrRows,
+    numbers: range,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    prefill: str,
+    seed: int,
 ) -> list[list[int]]:
-    """Token ids of the answers, end token included. No answer depends on the rest of its batch."""
-    causal_lm, tokenizer = without_peft(model), tokenizer_of(processor)
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    ends = [] if ends is None else np.ravel(ends).tolist()
-    new_tokens = [sampling.max_new_tokens] * len(conversations)
-    completions = [[]] * len(conversations)
-    for rows, inputs in batches(model, processor, conversations, sampling.prefill, new_tokens):
+    """Token ids of the answers, end token included. Parameters as for generate.
+
+    numbers: answer i is drawn from the random stream (seed, numbers[i]), whatever its batch.
+    """
+    tokenizer = prepared_tokenizer(processor)
+    ends = end_tokens(model, tokenizer)
+    image_token = getattr(processor, "image_token_id", None)  # it would ask for another picture
+    settings = GenerationConfig(
+        do_sample=False,  # a RowSampler turns greedy decoding into sampling
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=None if image_token is None else [image_token],
+    )
+    new_lengths = [max_new_tokens] * len(conversations)
+    completions = {}
+    for rows, inputs in batches(
+        model, processor, conversations, prefill, new_lengths, TOKEN_BUDGET
+    ):
         samplers = []
-        if sampling.temperature > 0:
-            row_seeds = [sampling.seed * 1_000_003 + sampling.rows[row] for row in rows]
-            samplers.append(RowSampler(model.device, row_seeds, sampling.temperature))
+        if temperature > 0:
+            row_seeds = [seed * 1_000_003 + numbers[row] for row in rows]
+            samplers.append(RowSampler(model.device, row_seeds, temperature))
+        # A prompt near the end of the context is alone in its batch, so this cuts no other answer.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
-        image_token = getattr(processor, "image_token_id", None)  # would ask for another picture
-        settings = GenerationConfig(
-            max_new_tokens=min(sampling.max_new_tokens, room),
-            do_sample=False,  # a RowSampler turns greedy decoding into sampling
-            eos_token_id=ends or None,
-            pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=image_token and [image_token],
-        )
-        own_expert = select_experts(expert, rows)
-        with use_expert(model, own_expert), generation_settings(causal_lm, settings):
+        settings.max_new_tokens = min(max_new_tokens, room)
+        # generate() fills in what settings leave open from the model's own, so these are replaced.
+        causal_lm = without_peft(model)
+        with (
+            use_expert(model, select_experts(expert, rows)),
+            changed([(causal_lm, "generation_config", settings)]),
+        ):
             sequences = causal_lm.generate(**inputs, logits_processor=samplers)  # (B, P + T)
         prompt_length = inputs["input_ids"].shape[1]
         for row, tokens in zip(rows, sequences[:, prompt_length:].tolist()):
-            stops = [t for t, token in enumerate(tokens) if token in ends]
-            completions[row] = tokens[: stops[0] + 1] if stops else tokens
-    return completions
+            completions[row] = until_end(tokens, ends)
+    return [completions[row] for row in range(len(conversations))]
 
 
 class RowSampler(LogitsProcessor):
@@ -799,7 +899,7 @@ class RowSampler(LogitsProcessor):
     def __init__(self, device: torch.device, row_seeds: list[int], temperature: float):
         self.temperature = temperature
         self.generators = []
-        for row_seed in row_seeds:
+        for row_seed in row_seeds:  # % 2**63: what torch takes
             self.generators.append(torch.Generator(device).manual_seed(row_seed % 2**63))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -810,24 +910,40 @@ class RowSampler(LogitsProcessor):
         return scores.float() / self.temperature - noise.log()
 
 
+def step_seed(hp: Hyperparameters, step: int) -> int:
+    """Another seed for each step. (The factor is a prime, as in generate_tokens.)"""
+    return hp.seed * 100_003 + step
+
+
 def check_seed(seed: int) -> None:
     """Raises Transformer2Error for a seed that is negative or over 2^31."""
     if not 0 <= seed <= 2**31:
         raise Transformer2Error(f"the seed {seed} is out of range: take one from 0 to 2^31")
 
 
-@contextlib.contextmanager
-def generation_settings(causal_lm, settings: GenerationConfig) -> Iterator[None]:
-    """Replaces the model's own settings (top_k, penalties, ...) inside the `with` block."""
-    before = causal_lm.generation_config
-    causal_lm.generation_config = settings
-    try:
-        yield
-    finally:
-        causal_lm.generation_config = before
+def end_tokens(model, tokenizer) -> list[int]:
+    """The tokens that end an answer: those of the model's settings, or else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    return [] if ends is None else np.ravel(ends).tolist()
 
 
-# ---- Prompts -------------------------------------------------------------------------------------
+def until_end(tokens: list[int], ends: list[int]) -> list[int]:
+    """The tokens up to the first that ends an answer, that one included."""
+    for t, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: t + 1]
+    return tokens
+
+
+def decode(processor, completions: list[list[int]]) -> list[str]:
+    """The texts of completions, without end tokens and the like."""
+    tokenizer = prepared_tokenizer(processor)
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in completions]
+
+
+# ---- Prompts and batches -------------------------------------------------------------------------
 
 CATEGORY_PREFILL = "The category of this question is"
 CATEGORY_GUIDE = {  # as the paper's prompt explains its categories
@@ -841,6 +957,8 @@ FALLBACK_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+TOKEN_BUDGET = 16384  # tokens of a batch where no gradient is taken, padding included
+LOGIT_BUDGET = 2**28  # logits of a batch: 1 GiB in float32
 
 
 def category_question(conversation: Conversation, categories: list[str]) -> list[dict]:
@@ -860,8 +978,8 @@ def category_question(conversation: Conversation, categories: list[str]) -> list
     return [*earlier, {**last, "content": content}]
 
 
-def tokenizer_of(processor) -> PreTrainedTokenizerBase:
-    """The tokenizer of what AutoProcessor or AutoTokenizer gives, ready for batches of prompts."""
+def prepared_tokenizer(processor) -> PreTrainedTokenizerBase:
+    """The tokenizer of what AutoProcessor or AutoTokenizer gives, set up for batches of prompts."""
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.padding_side = "left"  # all completions of a batch start in the same column
     if tokenizer.pad_token is None:
@@ -877,114 +995,124 @@ def encode(
     Pictures add tensors of their own. Raises Transformer2Error for a prompt that is longer than
     the context or cannot be encoded.
     """
-    tokenizer, sees = tokenizer_of(processor), hasattr(processor, "image_processor")
-    options = {"return_tensors": "pt", "padding": True}
+    tokenizer = prepared_tokenizer(processor)
     try:
         if isinstance(conversations[0], str):
-            inputs = tokenizer([text + prefill for text in conversations], **options)
+            texts = [text + prefill for text in conversations]
+            inputs = tokenizer(texts, padding=True, return_tensors="pt")
         else:
-            if not processor.chat_template and not tokenizer.chat_template:
-                print("note: no chat template, so prompts read 'User: ...'", file=sys.stderr)
-                processor.chat_template = tokenizer.chat_template = FALLBACK_TEMPLATE
-            messages = [messages_of(prompt, prefill, sees) for prompt in conversations]
-            if sees:
-                options = {"return_tensors": "pt", "processor_kwargs": {"padding": True}}
-            options.update(tokenize=True, return_dict=True)
-            options.update(add_generation_prompt=not prefill, continue_final_message=bool(prefill))
-            inputs = processor.apply_chat_template(messages, **options)
-    except Exception as error:  # an unknown role, a picture that does not load: of many kinds
+            inputs = apply_chat_template(processor, conversations, prefill)
+    except Exception as error:  # many kinds: an unknown role, a picture that does not load
         reason = f"a prompt cannot be encoded, check its roles and pictures: {error}"
         raise Transformer2Error(reason.splitlines()[0]) from error
-    P, context = inputs["input_ids"].shape[1], context_length(model)
-    if P >= context:
-        reason = f"a prompt has {P} tokens, but the model's context ends at {context}: shorten it"
-        raise Transformer2Error(reason)
-    names = list(inputs) if sees else ["input_ids", "attention_mask"]  # no token_type_ids of text
+    length, context = inputs["input_ids"].shape[1], context_length(model)
+    if length >= context:
+        reason = f"a prompt has {length} tokens, but the model's context ends at {context}"
+        raise Transformer2Error(f"{reason}: shorten it")
+    names = list(inputs)
+    if not has_vision(processor):  # language models do not take token_type_ids
+        names = ["input_ids", "attention_mask"]
     return {name: inputs[name].to(model.device) for name in names}
 
 
-def messages_of(conversation: list[dict], prefill: str, sees: bool) -> list[dict]:
-    """The messages of a prompt, with the start of the answer, as the chat template takes them."""
+def apply_chat_template(processor, conversations: list[list[dict]], prefill: str) -> dict:
+    """Conversations through the chat template. A prefill is the start of the assistant's turn."""
+    tokenizer = prepared_tokenizer(processor)
+    if not processor.chat_template and not tokenizer.chat_template:
+        print("note: no chat template, so prompts read 'User: ...'", file=sys.stderr)
+        processor.chat_template = tokenizer.chat_template = FALLBACK_TEMPLATE
+    messages = [template_messages(processor, prompt, prefill) for prompt in conversations]
+    padding = {"padding": True}
+    if has_vision(processor):
+        padding = {"processor_kwargs": padding}
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=not prefill,
+        continue_final_message=bool(prefill),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **padding,
+    )
+
+
+def template_messages(processor, conversation: list[dict], prefill: str) -> list[dict]:
+    """A conversation with its prefill, as the chat template takes it."""
     messages = [dict(message) for message in conversation]
     if prefill:
         messages.append({"role": "assistant", "content": prefill})
     for message in messages:
-        if not sees and not isinstance(message["content"], str):
+        if has_vision(processor):
+            message["content"] = content_parts(message["content"])
+        elif not isinstance(message["content"], str):
             raise ValueError("it has a picture, but the model reads only text")
-        if sees and isinstance(message["content"], str):
-            message["content"] = [{"type": "text", "text": message["content"]}]
-        if sees:
-            message["content"] = [load_picture(part) for part in message["content"]]
     return messages
 
 
-def load_picture(part: dict) -> dict:
-    """A part of a message. Its picture may be a function that loads it."""
-    return {**part, "image": part["image"]()} if callable(part.get("image")) else part
+def content_parts(content: str | list[dict]) -> list[dict]:
+    """A message as a list of texts and pictures. A picture may be a function that loads it."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    parts = [dict(part) for part in content]
+    for part in parts:
+        if callable(part.get("image")):
+            part["image"] = part["image"]()
+    return parts
 
 
-def continuation(processor, prompt: Conversation, prefill: str, text: str) -> list[int]:
-    """Token ids of a text that follows a prompt.
+def has_vision(processor) -> bool:
+    """True for the processor of a model that takes pictures."""
+    return hasattr(processor, "image_processor")
 
-    Tokenizers disagree on where a blank goes, so the last word before the text is tokenized with
-    the text and without it. After a prefill, a text without a blank gets one.
+
+def batches(
+    model,
+    processor,
+    conversations: list[Conversation],
+    prefill: str,
+    new_lengths: list[int],
+    budget: int,
+    with_logits: bool = False,
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Yields (row numbers, encoded prompts) of batches of at most `budget` tokens.
+
+    new_lengths: the tokens that follow each prompt. They count, and so does padding. with_logits:
+    the logits of a batch's new tokens are bounded as well.
     """
-    before = prompt + prefill if isinstance(prompt, str) else prefill
-    last_word = "".join(before.split()[-1:])
-    blank = " " if prefill and not text[:1].isspace() else ""
-    tokenize = functools.partial(tokenizer_of(processor), add_special_tokens=False)
-    start = tokenize(last_word)["input_ids"]
-    return tokenize(last_word + blank + text)["input_ids"][len(start) :]
-
-
-@torch.no_grad()
-def solution_log_probs(model, processor, task, problems, expert: Experts) -> list[float]:
-    """log π of the right answer to each problem."""
-    prompts = [task.conversation(problem) for problem in problems]
-    texts = [str(problem.get("solution", problem["answer"])) for problem in problems]
-    solutions = [continuation(processor, p, task.prefill, text) for p, text in zip(prompts, texts)]
-    lengths = [len(tokens) for tokens in solutions]
-    log_probs = {}
-    for rows, inputs in batches(model, processor, prompts, task.prefill, lengths, with_logits=True):
-        with use_expert(model, select_experts(expert, rows)):
-            batch = completion_log_probs(model, inputs, [solutions[row] for row in rows])
-        log_probs.update(zip(rows, batch.tolist()))
-    return [log_probs[row] for row in range(len(problems))]
-
-
-# ---- Batches -------------------------------------------------------------------------------------
-
-TOKEN_BUDGET = 16384  # tokens of a batch where no gradient is taken
-
-
-def batches(model, processor, conversations, prefill, new_tokens, budget=None, with_logits=False):
-    """Yields (row numbers, encoded prompts) of batches of rows of similar length.
-
-    A batch has at most `budget` tokens of prompts and new tokens, padding included. with_logits: its
-    new tokens also have at most 1 GiB of logits. A row that could pass the end of the context has a
-    batch of its own.
-    """
+    # Encode everything once to know the lengths; 256 prompts at a time, as pictures are large.
     lengths = []
-    for start in range(0, len(conversations), 256):  # not the pictures of all prompts at once
+    for start in range(0, len(conversations), 256):
         inputs = encode(model, processor, conversations[start : start + 256], prefill)
         lengths += inputs["attention_mask"].sum(1).tolist()
-    lengths, new_tokens = np.array(lengths, int), np.array(new_tokens, int)
-    budget = TOKEN_BUDGET if budget is None else budget
-    vocabulary = model.config.get_text_config().vocab_size
-    most_with_logits = 2**28 / vocabulary if with_logits else math.inf  # a logit has 4 bytes
-    groups = []
-    for row in np.argsort(-(lengths + new_tokens), kind="stable").tolist():
-        rows = [*groups[-1], row] if groups else [row]
-        width, new_width = lengths[rows].max(), new_tokens[rows].max()
-        is_full = len(rows) * (width + new_width) > budget
-        is_full = is_full or len(rows) * new_width > most_with_logits
-        is_full = is_full or (lengths + new_tokens)[rows].max() > context_length(model)
-        if is_full or not groups:
-            groups.append([row])
-        else:
-            groups[-1].append(row)
+    max_new_tokens = math.inf
+    if with_logits:
+        max_new_tokens = LOGIT_BUDGET // model.config.get_text_config().vocab_size
+    groups = group_rows(lengths, new_lengths, budget, max_new_tokens, context_length(model))
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
         yield rows, encode(model, processor, [conversations[row] for row in rows], prefill)
+
+
+def group_rows(
+    lengths: list[int], new_lengths: list[int], budget: int, max_new_tokens: float, context: int
+) -> list[list[int]]:
+    """Row numbers in groups of similar length. A row that may exceed the context stays alone."""
+    totals = [length + new_length for length, new_length in zip(lengths, new_lengths)]
+    groups = []
+    for row in sorted(range(len(totals)), key=lambda i: totals[i], reverse=True):
+        # Does the row fit into the last group?
+        rows = [*groups[-1], row] if groups else [row]
+        longest_prompt = max(lengths[i] for i in rows)
+        longest_new = max(new_lengths[i] for i in rows)
+        fits = (
+            len(rows) * (longest_prompt + longest_new) <= budget
+            and len(rows) * longest_new <= max_new_tokens
+            and totals[rows[0]] <= context
+        )
+        if groups and fits:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def pad_right(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -995,17 +1123,20 @@ def pad_right(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor
 
 
 def append_tokens(inputs: dict, tokens: torch.Tensor, mask: torch.Tensor) -> dict:
-    """Prompts with tokens after them; what pictures need goes along."""
-    sequences = dict(inputs)
+    """Prompts with tokens after them. The tensors of pictures are kept."""
+    sequences = {}
     for name, tensor in inputs.items():
-        if tensor.shape == inputs["input_ids"].shape:  # as token_type_ids, which are 0 for text
-            sequences[name] = F.pad(tensor, (0, tokens.shape[1]))
-    sequences["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
-    sequences["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
+        if name == "input_ids":
+            tensor = torch.cat([tensor, tokens], dim=1)
+        elif name == "attention_mask":
+            tensor = torch.cat([tensor, mask], dim=1)
+        elif tensor.shape == inputs["input_ids"].shape:  # token_type_ids: 0 is text
+            tensor = F.pad(tensor, (0, tokens.shape[1]))
+        sequences[name] = tensor
     return sequences
 
 
-# ---- Models --------------------------------------------------------------------------------------
+# ---- Models and layers ---------------------------------------------------------------------------
 
 
 def run_model(model, inputs: dict, logits_to_keep: int = 0, use_cache: bool = False):
@@ -1014,8 +1145,8 @@ def run_model(model, inputs: dict, logits_to_keep: int = 0, use_cache: bool = Fa
     options = {"use_cache": use_cache}
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = logits_to_keep
-    # Positions count real tokens only, so that left padding does not shift a prompt. A model that
-    # sees pictures counts them itself.
+    # Positions count real tokens only, so that left padding does not shift a prompt. With a cache
+    # the mask is longer than the input. With pictures the model counts by itself.
     if "position_ids" in accepted and not has_pictures(inputs):
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         options["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
@@ -1023,7 +1154,7 @@ def run_model(model, inputs: dict, logits_to_keep: int = 0, use_cache: bool = Fa
 
 
 def has_pictures(inputs: dict) -> bool:
-    """True if the inputs of a model hold more than text."""
+    """True if a model's inputs hold more than text, its mask and a cache."""
     return not set(inputs) <= {"input_ids", "attention_mask", "cache", "past_key_values"}
 
 
@@ -1052,38 +1183,49 @@ def reference_policy(model) -> contextlib.AbstractContextManager:
     raise Transformer2Error("the KL needs a base model: use apply_svf or PEFT, or kl_coef=0")
 
 
-@contextlib.contextmanager
-def checkpointing(model, enabled: bool = True) -> Iterator[None]:
-    """Inside, the model's blocks keep only their input for the backward pass, and run again in it.
+def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextManager:
+    """Inside a `with` block, transformer blocks save only their input and run again in backward().
 
-    transformers does so for blocks in training mode, so their own dropout is set to 0.
+    transformers does this for blocks in training mode. gradient_checkpointing_enable would need
+    all of the model in training mode, with dropout.
     """
-    modules = model.modules() if enabled else []
-    blocks = [block for block in modules if isinstance(block, GradientCheckpointingLayer)]
-    if enabled and not blocks:
-        raise Transformer2Error("this model has no blocks that can be checkpointed: do without")
-    before = [dict(vars(block)) for block in blocks]
-    for block in blocks:
-        block.training = block.gradient_checkpointing = True
-        block._gradient_checkpointing_func = functools.partial(
-            run_checkpointed, use_reentrant=False
-        )
-        for name in [name for name in vars(block) if name.endswith("dropout")]:
-            setattr(block, name, 0.0)
+    changes = []
+    for block in model.modules():
+        if enabled and isinstance(block, GradientCheckpointingLayer):
+            run_block = partial(run_checkpointed, use_reentrant=False)
+            changes.append((block, "_gradient_checkpointing_func", run_block))
+            changes.append((block, "gradient_checkpointing", True))
+            changes.append((block, "training", True))
+            # Some blocks call dropout themselves, with a rate of their own.
+            rates = [name for name in vars(block) if name.endswith("dropout")]
+            changes += [(block, name, 0.0) for name in rates]
+    if enabled and not changes:
+        raise Transformer2Error("this model cannot be checkpointed: leave checkpointing off")
+    return changed(changes)
+
+
+@contextlib.contextmanager
+def changed(changes: list[tuple[object, str, object]]) -> Iterator[None]:
+    """Sets attributes, given as (object, name, value), and puts the previous values back."""
+    before = [dict(vars(thing)) for thing, _, _ in changes]
     try:
+        for thing, name, value in changes:
+            setattr(thing, name, value)
         yield
     finally:
-        for block, attributes in zip(blocks, before):
-            vars(block).clear()
-            vars(block).update(attributes)
+        for (thing, name, _), attributes in zip(changes, before):
+            if name in attributes:
+                setattr(thing, name, attributes[name])
+            else:  # it was an attribute of the class
+                delattr(thing, name)
 
 
-# ---- Layers and experts --------------------------------------------------------------------------
-
-# Regular expressions over layer names, by the name of the targets. Vision towers stay as they are.
+# Regular expressions over layer names. Vision and audio towers are left out.
 TEXT_ONLY = r"^(?!.*(vision|visual|image|audio|multi_modal|projector|connector)).*"
 TARGETS = {
+    # model.layers.3.mlp.up_proj, transformer.h.3.mlp.c_fc, decoder.layers.3.fc1
     "mlp": TEXT_ONLY + r"\b(mlp|ffn|feed_forward|fc1|fc2|fc_in|fc_out)(\.|$)",
+    # model.layers.3.self_attn.q_proj, transformer.h.3.attn.c_attn
     "attention": TEXT_ONLY + r"\b(self_attn|attn|attention|self_attention)\.",
     "all": TEXT_ONLY,
 }
@@ -1092,30 +1234,34 @@ TARGETS = {
 def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
     """The layers that targets name. Raises Transformer2Error if there are none.
 
-    Some mixtures of experts have weights with three dimensions, a matrix for each of their
-    experts. These stay as they are, and one sentence says so.
+    Some mixtures of experts keep a matrix for each of their experts in a single tensor. These are
+    left out, with a printed note.
     """
+    kinds = f"{', '.join(TARGETS)} or a regular expression over layer names"
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
-    except re.error:
-        pattern = re.compile("(?!)")  # what is no regular expression matches nothing
-    layers, linear_names = {}, []
+    except re.error as error:
+        reason = f"targets {targets!r} match no layer, as they are no regular expression"
+        raise Transformer2Error(f"{reason}: use {kinds}") from error
+    layers = {}
     for name, module in model.named_modules():
+        is_linear = isinstance(module, nn.Linear | Conv1D)
         is_head = module is model.get_output_embeddings() or name.endswith("lm_head")
-        if isinstance(module, nn.Linear | Conv1D) and not is_head:
-            linear_names.append(name)
-            is_quantised = module.weight.element_size() == 1
-            if pattern.search(name) and not is_quantised:
+        if is_linear and not is_head and pattern.search(name):
+            if module.weight.element_size() > 1:  # 1 byte: a quantised layer
                 layers[name] = module
-    unsplit = [n for n, p in model.named_parameters() if p.dim() == 3 and "conv" not in n]
-    unsplit = [name for name in unsplit if pattern.search(name)]
-    what = f"{len(unsplit)} weights of mixtures of experts such as {unsplit[:1]} cannot be adapted"
-    if unsplit and layers:
-        print(f"note: {what}; {len(layers)} layers such as {[*layers][:1]} are", file=sys.stderr)
+    fused = []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and "conv" not in name and pattern.search(name):
+            fused.append(name)
+    note = ""
+    if fused:
+        note = f"{len(fused)} fused weights of mixtures of experts ({fused[0]}) cannot be adapted"
     if not layers:
-        reason = f"targets {targets!r} match no linear layer" + f" ({what})" * bool(unsplit)
-        names = f"{', '.join(TARGETS)} or a regular expression over names like {linear_names[:1]}"
-        raise Transformer2Error(f"{reason}, quantised ones not counted: use {names}")
+        reason = f"targets {targets!r} match no linear layer, or only quantised ones"
+        raise Transformer2Error(f"{'; '.join([reason, note]).strip('; ')}: use {kinds}")
+    if fused:
+        print(f"note: {note}; {len(layers)} layers ({[*layers][0]}) are", file=sys.stderr)
     return layers
 
 
@@ -1126,26 +1272,28 @@ def spread_over_rows(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if len(scale) not in (1, len(x)):
         reason = f"there are {len(scale)} experts for {len(x)} rows"
         raise Transformer2Error(f"{reason}: give one for each, or one for all")
-    return scale.view(len(scale), *[1] * (x.dim() - 2), -1)
+    ones = [1] * (x.dim() - 2)
+    return scale.view(len(scale), *ones, -1)  # (B, 1, ..., 1, r)
 
 
-def stack_experts(expert: Experts, layers: dict[str, SVFLinear]) -> dict[str, torch.Tensor]:
+def stack_experts(expert: ExpertOrRows, layers: dict[str, SVFLinear]) -> dict[str, torch.Tensor]:
     """Layer name -> z of an expert (r,), or of one expert for each row (B, r); see use_expert."""
-    row_experts = expert if isinstance(expert, list) else [expert]
+    is_list = isinstance(expert, list)
+    row_experts = [row_expert or {} for row_expert in (expert if is_list else [expert])]
     for row_expert in row_experts:
-        check_expert(row_expert or {}, layers, "the expert")
+        check_expert(row_expert, layers, "the expert")
     stacked = {}
     for name, layer in layers.items():
         if len(row_experts) > 1 and ".experts." in name:
             reason = f"layer {name} of a mixture of experts does not see the rows of a batch"
-            raise Transformer2Error(f"{reason}: use one expert for all rows")
+            raise Transformer2Error(f"{reason}: use one expert for all, or adapt other layers")
         ones = torch.ones_like(layer.s)
-        z = [(row_expert or {}).get(name, ones).to(ones) for row_expert in row_experts]
-        stacked[name] = torch.stack(z) if isinstance(expert, list) else z[0]
+        rows = [row_expert.get(name, ones).to(ones) for row_expert in row_experts]
+        stacked[name] = torch.stack(rows) if is_list else rows[0]
     return stacked
 
 
-def select_experts(expert: Experts, rows: list[int]) -> Experts:
+def select_experts(expert: ExpertOrRows, rows: list[int]) -> ExpertOrRows:
     """The experts of some rows, where every row has its own."""
     return [expert[row] for row in rows] if isinstance(expert, list) else expert
 
@@ -1162,24 +1310,31 @@ def check_expert(expert: Expert, layers: dict[str, SVFLinear], what: str | Path)
 
 
 class Progress:
-    """Where a training run is: enough to go on after an interruption, to the same end."""
+    """The state of a training run, with which it can be resumed with the same result."""
 
     def __init__(self, model: Model, task: Task, hp: Hyperparameters):
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if not trained:
+        self.parameters = {}  # what trains; after apply_svf: layer name -> z
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.parameters[name.removesuffix(".z")] = parameter
+        if not self.parameters:
             raise Transformer2Error("nothing in the model requires gradients: call apply_svf first")
-        self.parameters = {name.removesuffix(".z"): parameter for name, parameter in trained}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=hp.lr, weight_decay=0.0)
-        self.start = self.values()
-        self.next_step, self.best, self.best_score = 0, self.start, -1.0
-        # All that changes the result has to be the same for a run to be resumed.
-        self.settings = {**asdict(hp), "task": task.name, "token limit": task.max_new_tokens}
-        del self.settings["token_budget"], self.settings["checkpointing"]
-        self.settings["model"] = model.config._name_or_path
-        self.settings["layers"] = [f"{name} {[*z.shape]}" for name, z in self.start.items()]
+        self.start = self.trained_values()
+        self.next_step = 0
+        self.best = self.start
+        self.best_score = -1.0
+        # load compares these; its message names those that differ.
+        self.settings = {
+            **asdict(hp),
+            "task": task.name,
+            "token limit": task.max_new_tokens,
+            "model": model.config._name_or_path,
+            "layers": [f"{name} {[*z.shape]}" for name, z in self.start.items()],
+        }
 
-    def values(self) -> Expert:
-        """A copy of what trains: after apply_svf layer name -> z."""
+    def trained_values(self) -> Expert:
+        """A copy of what trains."""
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
@@ -1188,27 +1343,33 @@ class Progress:
             parameter.copy_(values[name])
 
     def save(self, path: str | Path) -> None:
-        state = {"next_step": self.next_step, "best": self.best, "best_score": self.best_score}
-        state |= {"values": self.values(), "optimizer": self.optimizer.state_dict()}
-        state["settings"] = self.settings
+        state = {
+            "settings": self.settings,
+            "next_step": self.next_step,
+            "best": self.best,
+            "best_score": self.best_score,
+            "values": self.trained_values(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         write_whole(path, lambda temporary: torch.save(state, temporary))
 
     def load(self, path: str | Path) -> None:
         """Raises Transformer2Error for a damaged file, or one of a run with other settings."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            theirs = state["settings"]
         except Exception as error:
             raise Transformer2Error(f"cannot read {path}: delete it to begin again") from error
-        theirs = state.get("settings", {})
-        names = [name for name, value in self.settings.items() if theirs.get(name) != value]
-        if names:
-            reason = f"{path} is of a run with another {', '.join(names)}"
+        differing = []
+        for name, value in self.settings.items():
+            if theirs.get(name) != value and name not in ("token_budget", "checkpointing"):
+                differing.append(name)
+        if differing:
+            reason = f"{path} is of a run with another {', '.join(differing)}"
             raise Transformer2Error(f"{reason}: go on with the same, or delete it")
-        self.next_step, self.best, self.best_score = (
-            state["next_step"],
-            state["best"],
-            state["best_score"],
-        )
+        self.next_step = state["next_step"]
+        self.best = state["best"]
+        self.best_score = state["best_score"]
         self.set_values(state["values"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -1218,47 +1379,47 @@ def describe(stats: StepStats) -> str:
     line = f"step {stats.step:3}"
     if stats.step > 0:
         line += f"  reward {stats.reward:+.3f}  KL {stats.kl:.4f}  gradient {stats.grad_norm:.2e}"
+        line += f"  {stats.seconds:.1f} s"
     if stats.validation is not None:
         line += f"  validation {stats.validation:.1%}"
-    return line + f"  {stats.seconds:.1f} s"
+    return line
 
 
 def process_rank() -> int:
-    """The number of this process among those that train together."""
+    """The number of this process among those that train together (torchrun starts them)."""
     return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def process_count() -> int:
-    """How many processes train together, as torchrun starts them."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def my_share(values):
     """Every n-th of a sequence, where n processes share the work; all of it for one process."""
-    return values[process_rank() :: process_count()]
+    if not distributed.is_initialized():
+        return values
+    return values[distributed.get_rank() :: distributed.get_world_size()]
 
 
 def gather_shares(values: list) -> list:
     """The results of all processes for their shares, in the order of the whole sequence."""
-    shares = [values]
-    if process_count() > 1:
-        shares = [None] * process_count()
-        distributed.all_gather_object(shares, values)
-    total = sum(len(share) for share in shares)
-    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+    if not distributed.is_initialized():
+        return values
+    shares = [None] * distributed.get_world_size()
+    distributed.all_gather_object(shares, values)
+    gathered = [None] * sum(len(share) for share in shares)
+    for rank, share in enumerate(shares):
+        gathered[rank :: len(shares)] = share
+    return gathered
 
 
 def sum_over_processes(parameters: list[nn.Parameter], stats: StepStats) -> None:
-    """Adds up the processes' gradients and figures, in place."""
-    if process_count() == 1:
+    """Adds up the processes' gradients and statistics, in place."""
+    if not distributed.is_initialized():
         return
     for parameter in parameters:
         if parameter.grad is None:  # this process had no problem
             parameter.grad = torch.zeros_like(parameter)
         distributed.all_reduce(parameter.grad)
-    figures = torch.tensor([stats.reward, stats.kl], device=parameters[0].device)
-    distributed.all_reduce(figures)
-    stats.reward, stats.kl = figures.tolist()
+    sums = torch.tensor([stats.reward, stats.kl], device=parameters[0].device)
+    distributed.all_reduce(sums)
+    stats.reward, stats.kl = sums.tolist()
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -1274,10 +1435,12 @@ def save_expert(expert: Expert, path: str | Path, **about: object) -> None:
 def load_expert(path: str | Path, model: Model | None = None) -> Expert:
     """Reads an expert: a file of save_expert, or a .pt file of the paper's authors.
 
-    The authors' files need a model. With one, raises Transformer2Error unless names and shapes fit
-    it. Raises it also for a file that cannot be read.
+    model: for a check of names and shapes; the authors' files need it. Raises Transformer2Error
+    for a file that cannot be read or does not fit the model.
     """
     is_authors = str(path).endswith(".pt")
+    if is_authors and model is None:
+        raise Transformer2Error(f"{path} is a file of the authors: load it with a model")
     try:
         if is_authors:
             expert = torch.load(path, map_location="cpu", weights_only=True)
@@ -1286,11 +1449,12 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
     except Exception as error:  # a damaged file raises errors of many kinds
         reason = f"cannot read the expert {path}: {type(error).__name__}, {error}"
         raise Transformer2Error(reason.splitlines()[0]) from error
-    layers = {} if model is None else svf_layers(model)
+    if model is None:
+        return expert
+    layers = svf_layers(model)
     if is_authors:
         expert = convert_authors_expert(expert, layers)
-    if is_authors or model is not None:
-        check_expert(expert, layers, path)
+    check_expert(expert, layers, path)
     return expert
 
 
@@ -1298,14 +1462,15 @@ def convert_authors_expert(expert: Expert, layers: dict[str, SVFLinear]) -> Expe
     """The z's of the authors' checkpoint, in the paper's terms.
 
     They learn p with z = sigmoid(p), and multiply W' by sum(s) / sum(s * z), which keeps the sum
-    of the singular values. Here both become a part of z.
+    of the singular values. Here both become a part of z. What fits no layer stays under its name.
     """
-    mlp_names = dict(enumerate(name for name in layers if "mlp" in name))
+    mlp_names = [name for name in layers if "mlp" in name]
     converted = {}
     for key, p in expert.items():
         name = key.removesuffix(".weight")  # learnable_params*.pt has the names of the weights
-        if "module_list" in key:  # policy_params*.pt counts the MLP layers in the model's order
-            name = mlp_names.get(int(key.rpartition(".")[2]), key)
+        number = key.rpartition(".")[2]
+        if number.isdigit() and int(number) < len(mlp_names):
+            name = mlp_names[int(number)]  # policy_params*.pt counts the MLP layers of the model
         z = p.detach().float().sigmoid()
         if name in layers and layers[name].s.shape == z.shape:
             s = layers[name].s.to(z)
@@ -1315,7 +1480,7 @@ def convert_authors_expert(expert: Expert, layers: dict[str, SVFLinear]) -> Expe
 
 
 def decompose_cached(weight: torch.Tensor, cache_dir: str | Path) -> tuple:
-    """decompose, remembered in cache_dir under a hash of the weight's content."""
+    """decompose, stored in cache_dir under a hash of the weight's content."""
     content = weight.detach().contiguous().cpu().view(torch.uint8).numpy()
     digest = hashlib.sha256(content).hexdigest()[:24]
     path = Path(cache_dir) / f"{digest}-{weight.dtype}-{len(weight)}.safetensors"
@@ -1329,7 +1494,7 @@ def decompose_cached(weight: torch.Tensor, cache_dir: str | Path) -> tuple:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Has `write` fill a temporary file, and moves it to path: readers see all of it or nothing."""
+    """Calls write(temporary file), then renames the file to path: it is there whole, or not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
