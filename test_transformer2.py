@@ -1,689 +1,1589 @@
-"""
-The mathematics and the promises of transformer2.py, on small random models: no network, no GPU.
+"""The mathematics and the promises of transformer2.py, on small random models.
 
-    pytest                                                    # half a minute on two cores
-    python test_transformer2.py [--model DIR] [--json FILE]   # the benchmark: speed and memory
+No network, no GPU; about a minute and a half on two cores.
 """
-import argparse, contextlib, copy, json, math, os, random, re, subprocess, sys, tempfile, time, weakref
-from concurrent.futures import ThreadPoolExecutor
+
+import copy
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, Phi3Config, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-import adapt
-import rewards
-import train_expert
 import transformer2 as t2
+from conftest import (
+    CONTEXT,
+    EXACT_FAMILIES,
+    FAMILIES,
+    GENERATION_FAMILIES,
+    TOKENIZER,
+    logits,
+    make,
+    make_svf,
+    never_ends,
+    plain_answer,
+    plain_log_prob,
+    prompt_ids,
+    random_expert,
+    relative,
+    say,
+    set_z,
+    toy,
+    z_gradient,
+)
+from experiments.steps import SHAPES, Peak, counted_memory
 
-WORDS = "Classify the question into one of these categories: red, green, blue, other. The category of this question is"
-TOKENIZER = train_expert.tiny_tokenizer([WORDS, "What is 1 plus 2? Hello", "0123456789ABCDEFGH"])
-SMALL = dict(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-             max_position_embeddings=64, bos_token_id=None, eos_token_id=TOKENIZER.eos_token_id, pad_token_id=0)
-FAMILIES = {
-    "llama": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, initializer_range=0.2),
-    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2, intermediate_size=48, initializer_range=0.2),  # has biases
-    "gpt2": GPT2Config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2,
-                       bos_token_id=None, eos_token_id=TOKENIZER.eos_token_id),  # Conv1D
-    "phi3": Phi3Config(**SMALL, intermediate_size=48, initializer_range=0.2),  # fused qkv and gate-up
-    "gemma": GemmaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48, head_dim=8,  # tied embeddings
-                         initializer_range=0.2),
-}
+HERE = Path(__file__).parent
+SHORT, LONG = "Hello", "What is 1 plus 2? ABCDEFGH Hello"  # prompts of unequal length
+COLORS = ["red", "green", "blue"]
 
-def make(family="llama", seed=0):
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]).float().eval()
-    for p in model.parameters():  # biases start at zero, which would hide a lost bias
-        if p.dim() == 1:
-            nn.init.normal_(p, 1.0 if p.mean() == 1 else 0.0, 0.2)
-    return model
 
-def random_expert(model, seed=0, size=0.5):
-    torch.manual_seed(seed)
-    return {name: 1 + size * torch.randn_like(layer.s) for name, layer in t2.svf_layers(model).items()}
+def is_blue(completion: str, problem: dict) -> float:
+    return 1.0 if completion.strip() == "blue" else -1.0
 
-def say(text):
-    return [{"role": "user", "content": text}]
 
-def logits(model, ids=torch.tensor([[5, 6, 7, 8, 9, 10]])):
-    with torch.no_grad():
-        return model(input_ids=ids).logits
+def starts_with_digit(completion: str, problem: dict) -> float:
+    return 1.0 if completion.strip()[:1].isdigit() else -1.0
 
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
-def toy(reward, **more):
-    problems = [{"question": f"What is {a} plus {b}?", "answer": "B"} for a in range(10) for b in range(10)]
-    return t2.Task("toy", lambda split: problems[:80] if split == "train" else problems[80:],
-                   lambda p: say(p["question"]), reward, **more)
+# ---- Section 3.1: singular value fine-tuning -----------------------------------------------------
 
-# --- singular value fine-tuning
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
 def test_decomposition_is_the_svd(shape):
     torch.manual_seed(0)
     W = torch.randn(shape)
     U, s, Vh = t2.decompose(W)
-    assert torch.allclose(U * s @ Vh, W, atol=1e-5)
+    assert torch.allclose(U @ torch.diag(s) @ Vh, W, atol=1e-5)
     assert torch.allclose(s, torch.linalg.svdvals(W), atol=1e-5)
-    for side in (U.T @ U, Vh @ Vh.T):
-        assert torch.allclose(side, torch.eye(len(s)), atol=1e-5)
+    assert torch.allclose(U.T @ U, torch.eye(5 if 5 in shape else 6), atol=1e-5)
+    assert torch.allclose(Vh @ Vh.T, torch.eye(5 if 5 in shape else 6), atol=1e-5)
+
 
 def test_decomposition_of_a_singular_matrix_is_exact():
     W = torch.outer(torch.arange(1.0, 6), torch.arange(1.0, 8))
     U, s, Vh = t2.decompose(W)
-    assert torch.allclose(U * s @ Vh, W, atol=1e-4) and torch.isfinite(U).all()
+    assert torch.isfinite(U).all()
+    assert torch.allclose(U @ torch.diag(s) @ Vh, W, atol=1e-4)
 
-def test_cache_is_by_content_and_heals(tmp_path):
+
+def test_decompositions_are_remembered_by_content(tmp_path):
     A, B = torch.randn(6, 4), torch.randn(6, 4)
-    first = t2.decompose_cached(A, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
-    path = next(tmp_path.iterdir())
-    save_file({"U": first[0], "s": first[1] * 2, "Vh": first[2]}, path)  # so that a hit can be told from a miss
-    assert torch.equal(t2.decompose_cached(A, tmp_path)[1], first[1] * 2)
+    U, s, Vh = t2.decompose_cached(A, tmp_path)
+    [path] = tmp_path.iterdir()
+    save_file({"U": U, "s": 2 * s, "Vh": Vh}, path)  # so that a hit can be told from a miss
+    assert torch.equal(t2.decompose_cached(A, tmp_path)[1], 2 * s)
     assert torch.allclose(t2.decompose_cached(B, tmp_path)[1], torch.linalg.svdvals(B), atol=1e-5)
+
+
+def test_a_damaged_decomposition_is_made_again(tmp_path):
+    W = torch.randn(6, 4)
+    factors = t2.decompose_cached(W, tmp_path)
+    [path] = tmp_path.iterdir()
     path.write_bytes(b"damaged")
-    assert torch.equal(t2.decompose_cached(A, tmp_path)[1], first[1])
+    for _ in range(2):
+        for made, expected in zip(t2.decompose_cached(W, tmp_path), factors):
+            assert torch.equal(made, expected)
+    assert path.read_bytes() != b"damaged"
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("targets", ["mlp", "all"])
-def test_z_of_ones_is_the_base_model_and_merged_is_factored(family, targets):
+
+def test_apply_svf_reads_the_cache_of_decompositions(tmp_path, monkeypatch):
+    first = t2.apply_svf(make(), cache_dir=tmp_path)
+    monkeypatch.setattr(t2, "decompose", None)  # calling it would fail
+    second = t2.apply_svf(make(), cache_dir=tmp_path)
+    assert torch.equal(logits(first), logits(second))
+
+
+@pytest.mark.parametrize("family", EXACT_FAMILIES)
+def test_z_of_ones_is_the_untouched_model(family):
+    before = logits(make(family))
+    for targets in (EXACT_FAMILIES[family].targets, "all"):
+        model = t2.apply_svf(make(family), targets)
+        assert len(t2.svf_layers(model)) > 1
+        assert relative(logits(model), before) < 1e-4
+
+
+@pytest.mark.parametrize("family", EXACT_FAMILIES)
+def test_a_merged_model_equals_the_factored_one_and_has_the_former_classes_and_names(family):
     model = make(family)
-    before, names = logits(model), set(dict(model.named_parameters()))
-    classes = {name: type(m) for name, m in model.named_modules()}
-    t2.apply_svf(model, targets)
-    assert relative(logits(model), before) < 1e-4
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == [f"{n}.z" for n in t2.svf_layers(model)]
-    expert = random_expert(model)
-    with t2.use_expert(model, expert):
-        changed = logits(model)
-        assert relative(changed, before) > 1e-2
+    before = logits(model)
+    classes = {name: type(module) for name, module in model.named_modules()}
+    names = {name: parameter.shape for name, parameter in model.named_parameters()}
+    t2.apply_svf(model, "all")
+    with t2.use_expert(model, random_expert(model)):
+        factored = logits(model)
         t2.merge_svf(model)
-    assert relative(logits(model), changed) < 1e-4
-    assert {name: type(m) for name, m in model.named_modules()} == classes
-    assert set(dict(model.named_parameters())) == names
+    assert relative(factored, before) > 0.01
+    assert relative(logits(model), factored) < 1e-4
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == names
 
-def test_merged_model_reloads(tmp_path):
-    for family in ("llama", "gpt2"):
-        model = t2.apply_svf(make(family), "all")
-        with t2.use_expert(model, random_expert(model)):
-            t2.merge_svf(model)
-        model.save_pretrained(tmp_path / family)
-        assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / family)), logits(model)) < 1e-5
 
-def test_bfloat16():
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_model_can_be_saved_and_loaded(family, tmp_path):
+    model = make_svf(family)
+    with t2.use_expert(model, random_expert(model)):
+        t2.merge_svf(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert relative(logits(loaded), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("family", EXACT_FAMILIES)
+def test_the_gradient_of_z_is_the_finite_difference(family):
+    model = t2.apply_svf(make(family), "all").double()
+    set_z(model, random_expert(model, size=0.3))
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    torch.manual_seed(0)
+    weights = torch.randn(6, model.config.vocab_size, dtype=torch.float64)
+
+    def loss():
+        return (model(input_ids=tokens).logits[0].double() * weights).mean()
+
+    loss().backward()
+    for layer in t2.svf_layers(model).values():
+        # Along this direction no two components cancel, and each counts by a size of its own.
+        direction = layer.z.grad.sign() * (0.5 + torch.rand_like(layer.z))
+        slope = (layer.z.grad * direction).sum().item()
+        step, values = 1e-3, []
+        with torch.no_grad():
+            for distance in (step, -2 * step):
+                layer.z += distance * direction
+                values.append(loss().item())
+            layer.z += step * direction
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=0.01)
+
+
+def test_only_z_trains():
+    model = t2.apply_svf(make(), "all")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == [f"{name}.z" for name in t2.svf_layers(model)]
+
+
+def test_targets_may_be_a_regular_expression():
+    model = t2.apply_svf(make(), r"layers\.0\.mlp\.up_proj$")
+    assert list(t2.svf_layers(model)) == ["model.layers.0.mlp.up_proj"]
+
+
+def test_the_output_head_stays_as_it_is():
+    model = t2.apply_svf(make(), "all")
+    assert not any("lm_head" in name for name in t2.svf_layers(model))
+
+
+@pytest.mark.parametrize("targets", ["no_such_layer", "(", "lm_head"])
+def test_targets_that_match_no_layer_are_refused(targets):
+    with pytest.raises(t2.Transformer2Error, match="match no"):
+        t2.apply_svf(make(), targets)
+
+
+def test_a_layer_shows_its_composed_weight():
+    model = make()
+    dense = model.model.layers[0].mlp.up_proj.weight.clone()
+    t2.apply_svf(model)
+    assert torch.allclose(model.model.layers[0].mlp.up_proj.weight, dense, atol=1e-5)
+
+
+def test_bfloat16_keeps_z_in_float32():
     model = make().to(torch.bfloat16)
     before = logits(model).float()
     t2.apply_svf(model)
-    layer = next(iter(t2.svf_layers(model).values()))
-    assert layer.z.dtype == layer.s.dtype == torch.float32 and layer.U.dtype == torch.bfloat16
+    for layer in t2.svf_layers(model).values():
+        assert layer.z.dtype == layer.s.dtype == torch.float32
+        assert layer.U.dtype == layer.Vh.dtype == torch.bfloat16
     assert relative(logits(model).float(), before) < 0.05
 
-def test_weight_and_targets():
-    model = make("llama")
-    dense = model.model.layers[0].mlp.up_proj.weight.clone()
-    t2.apply_svf(model, r"layers\.0\.mlp\.up_proj$")
-    assert list(t2.svf_layers(model)) == ["model.layers.0.mlp.up_proj"]
-    assert torch.allclose(model.model.layers[0].mlp.up_proj.weight, dense, atol=1e-5)
-    assert not any("lm_head" in n for n in t2.svf_layers(t2.apply_svf(make("llama"), "all")))
-
-def test_gradient_of_z_is_the_finite_difference():
-    model = t2.apply_svf(make("llama"), "all").double()
-    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
-    loss = lambda: F.cross_entropy(model(input_ids=ids).logits[0, :-1].double(), ids[0, 1:])
-    loss().backward()
-    for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"):
-        z = t2.svf_layers(model)[name].z
-        for i in (0, 3, 7):
-            ends = []
-            for step in (1e-3, -1e-3):
-                with torch.no_grad():
-                    z[i] += step
-                    ends.append(loss().item())
-                    z[i] -= step
-            assert z.grad[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=5e-3, abs=1e-5)
 
 def test_parameter_counts_at_llama_3_8b():
-    config = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                         num_attention_heads=32, num_key_value_heads=8)
-    def count(targets):
+    config = SHAPES["Llama-3-8B"]
+    for targets, count in (("mlp", 393_216), (r"(q|v)_proj$", 163_840)):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-            lora = sum(16 * sum(m.weight.shape) for n, m in model.named_modules() if n.endswith(("q_proj", "v_proj")))
-            t2.apply_svf(model, targets)
-        return sum(p.numel() for p in model.parameters() if p.requires_grad), lora
-    assert count("mlp") == (393_216, 6_815_744)
-    assert count(r"(q|v)_proj$")[0] == 163_840
+            model = t2.apply_svf(AutoModelForCausalLM.from_config(config), targets)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
-# --- experts
 
-def test_experts_nest_and_rows_have_their_own():
-    model = t2.apply_svf(make(), "all")
+def mixture_of_experts() -> nn.Module:
+    """A small model; in new versions of transformers its experts' weights have three dimensions."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    experts = model.model.layers[0].mlp.experts
+    if not any(parameter.dim() == 3 for parameter in experts.parameters(recurse=False)):
+        pytest.skip("this transformers has an nn.Linear for every expert")
+    return model
+
+
+def test_weights_of_three_dimensions_are_named_and_the_others_are_adapted(capsys):
+    model = mixture_of_experts()
+    before = logits(model)
+    t2.apply_svf(model, "all")
+    attention = {f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qkvo"}
+    assert attention <= set(t2.svf_layers(model))
+    assert relative(logits(model), before) < 1e-4
+    [message] = capsys.readouterr().err.splitlines()
+    assert re.search(r"layers\.0\.mlp\.experts.*cannot be adapted.*self_attn", message)
+
+
+def test_targets_that_match_only_weights_of_three_dimensions_are_refused():
+    with pytest.raises(t2.Transformer2Error, match=r"mlp\.experts.*cannot be adapted"):
+        t2.apply_svf(mixture_of_experts(), r"mlp\.experts")
+
+
+# ---- Experts -------------------------------------------------------------------------------------
+
+
+def test_experts_nest():
+    model = make_svf()
     a, b = random_expert(model, 1), random_expert(model, 2)
     base = logits(model)
     with t2.use_expert(model, a):
-        alone_a = logits(model)
+        under_a = logits(model)
+        with t2.use_expert(model, b):
+            assert relative(logits(model), under_a) > 0.01
         with t2.use_expert(model, None):
             assert relative(logits(model), base) < 1e-6
-        assert torch.equal(t2.get_expert(model)["model.layers.0.mlp.up_proj"], a["model.layers.0.mlp.up_proj"])
-    with t2.use_expert(model, b):
-        alone_b = logits(model)
-    with t2.use_expert(model, [a, None, b, a]):
-        mixed = logits(model, torch.tensor([[5, 6, 7, 8, 9, 10]] * 4))
-    for row, alone in zip(mixed, (alone_a, base, alone_b, alone_a)):
-        assert relative(row, alone[0]) < 1e-5
-    assert relative(logits(model), base) < 1e-6
+        assert torch.equal(logits(model), under_a)
+    assert torch.equal(logits(model), base)
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_mixed_batch_says_what_each_expert_says_alone(family):
-    model = t2.apply_svf(make(family), "all")
-    experts = [random_expert(model, 1, size=2.0), None, random_expert(model, 2, size=2.0)]
-    conversations = [say("What is 1 plus 2?"), say("Hello ABC"), say("Hello")]  # of different lengths: padding counts
-    mixed = t2.generate(model, TOKENIZER, conversations, expert=experts, max_new_tokens=8)
-    alone = [t2.generate(model, TOKENIZER, [c], expert=e, max_new_tokens=8)[0] for c, e in zip(conversations, experts)]
-    assert mixed == alone and len(set(mixed)) > 1
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_have_ended_leave_the_batch(family):
-    model = t2.apply_svf(make(family), "all")
-    conversations = [say("Hello"), say("What is 1 plus 2?")] * 3
-    experts = [random_expert(model, i, 2.0) for i in range(6)]
-    say_all = lambda segment: t2.generate(model, TOKENIZER, conversations, expert=experts, max_new_tokens=12,
-                                          return_tokens=True, segment=segment)
-    model.generation_config.eos_token_id = say_all(99)[0][0][2]  # so that the first row ends early
-    rows, answers, whole = [], {}, model.forward
-    for segment in (99, 1, 3):
-        with mock.patch.object(model, "forward", lambda *a, **k: rows.append(len(k["input_ids"])) or whole(*a, **k)):
-            answers[segment] = say_all(segment)
-        rows, answers[segment] = [], (answers[segment], sum(rows))
-    assert answers[99][0] == answers[1][0] == answers[3][0] and len({len(ids) for ids, _ in answers[1][0]}) > 1
-    assert answers[1][1] == sum(len(ids) for ids, _ in answers[1][0]) <= answers[3][1] < answers[99][1]
+def test_the_former_expert_is_put_back_after_an_exception():
+    model = make_svf()
+    base = logits(model)
+    with pytest.raises(KeyboardInterrupt), t2.use_expert(model, random_expert(model)):
+        raise KeyboardInterrupt
+    assert torch.equal(logits(model), base)
 
-def test_save_and_load(tmp_path):
-    model = t2.apply_svf(make())
+
+def test_get_expert_copies_the_z_in_use():
+    model = make_svf()
     expert = random_expert(model)
-    t2.save_expert(expert, tmp_path / "e.safetensors", task="toy", seed=3)
-    loaded = t2.load_expert(tmp_path / "e.safetensors", model)
-    assert loaded.keys() == expert.keys() and all(torch.equal(loaded[k], expert[k]) for k in expert)
-    assert adapt.read_experts(tmp_path, "x")["e"] == {"task": "toy", "seed": "3"}
+    with t2.use_expert(model, expert):
+        copied = t2.get_expert(model)
+    assert copied.keys() == expert.keys()
+    for name, z in t2.get_expert(model).items():
+        assert torch.equal(copied[name], expert[name])
+        assert torch.equal(z, torch.ones_like(z))
+        z.fill_(7.0)  # a copy: the model does not change
+    assert torch.equal(t2.svf_layers(model)[name].z, torch.ones_like(z))
+
+
+def test_a_layer_that_an_expert_does_not_have_is_the_base_models():
+    model = make_svf()
+    expert = random_expert(model)
+    name = "model.layers.0.mlp.up_proj"
+    with t2.use_expert(model, {name: expert[name]}):
+        partly = logits(model)
+    ones = {other: torch.ones_like(z) for other, z in expert.items()}
+    with t2.use_expert(model, {**ones, name: expert[name]}):
+        assert torch.equal(logits(model), partly)
+
+
+@pytest.mark.parametrize("family", EXACT_FAMILIES)
+def test_each_row_of_a_padded_batch_has_the_logits_of_its_own_expert_alone(family):
+    model = t2.apply_svf(make(family), "all")
+    experts = [random_expert(model, 1), None, random_expert(model, 2)]
+    texts = [SHORT, LONG, "Hello ABC"]
+    inputs = t2.encode(model, TOKENIZER, [say(text) for text in texts])
+    with torch.no_grad(), t2.use_expert(model, experts):
+        mixed = t2.run_model(model, inputs).logits
+    for row, text, expert in zip(mixed, texts, experts):
+        with t2.use_expert(model, expert):
+            alone = logits(model, prompt_ids(text))
+        assert relative(row[-len(alone) :], alone) < 1e-4
+
+
+@pytest.mark.parametrize("family", EXACT_FAMILIES)
+def test_each_row_of_a_batch_says_what_its_own_expert_says_alone(family):
+    model = never_ends(t2.apply_svf(make(family), "all"))
+    experts = [random_expert(model, 1, 2.0), None, random_expert(model, 2, 2.0)]
+    conversations = [say(SHORT), say(LONG), say("Hello ABC")]
+    mixed = t2.generate(model, TOKENIZER, conversations, expert=experts, max_new_tokens=12)
+    alone = []
+    for conversation, expert in zip(conversations, experts):
+        alone += t2.generate(model, TOKENIZER, [conversation], expert=expert, max_new_tokens=12)
+    assert mixed == alone
+    assert mixed != t2.generate(model, TOKENIZER, conversations, max_new_tokens=12)
+
+
+def test_a_list_of_experts_has_to_be_as_long_as_the_batch():
+    model = make_svf()
+    with pytest.raises(t2.Transformer2Error, match="2 rows"):
+        with t2.use_expert(model, [None] * 3):
+            model(input_ids=torch.tensor([[5, 6], [7, 8]]))
+
+
+class Mixture(nn.Module):
+    """Stands in for a mixture of experts, each an nn.Linear that sees tokens of any rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def get_output_embeddings(self):
+        return None
+
+
+def test_a_list_of_experts_is_refused_where_a_layer_does_not_see_rows():
+    model = t2.apply_svf(Mixture())
+    with pytest.raises(t2.Transformer2Error, match=r"mlp\.experts\.0.*one expert for all"):
+        with t2.use_expert(model, [random_expert(model), None]):
+            pass
+    with t2.use_expert(model, random_expert(model)):  # one expert for all works
+        pass
+
+
+def test_an_expert_is_saved_and_loaded(tmp_path):
+    model = make_svf()
+    expert = random_expert(model)
+    path = tmp_path / "expert.safetensors"
+    t2.save_expert(expert, path, task="toy", seed=3)
+    loaded = t2.load_expert(path, model)
+    assert loaded.keys() == expert.keys()
+    for name, z in loaded.items():
+        assert torch.equal(z, expert[name])
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"task": "toy", "seed": "3"}
+
+
+def test_an_expert_of_another_model_is_refused(tmp_path):
+    model = make_svf()
+    t2.save_expert(random_expert(model), tmp_path / "expert.safetensors")
+    attention = t2.apply_svf(make(), "attention")
     with pytest.raises(t2.Transformer2Error, match="another model"):
-        t2.load_expert(tmp_path / "e.safetensors", t2.apply_svf(make(), "attention"))
-    with pytest.raises(t2.Transformer2Error, match="cannot read"):
-        t2.load_expert(tmp_path / "none.safetensors")
-    with pytest.raises(TypeError):  # an interrupted write leaves neither a half file nor a temporary one
-        t2.write_whole(tmp_path / "f", lambda tmp: tmp.write_text(None))
-    assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
+        t2.load_expert(tmp_path / "expert.safetensors", attention)
+    with pytest.raises(t2.Transformer2Error, match="another model"):
+        with t2.use_expert(attention, random_expert(model)):
+            pass
+    wrong_shape = {name: z[:-1] for name, z in random_expert(model).items()}
+    with pytest.raises(t2.Transformer2Error, match="another model"):
+        with t2.use_expert(model, wrong_shape):
+            pass
 
-def test_authors_checkpoints(tmp_path):
-    model = t2.apply_svf(make())
-    p = {name: torch.randn_like(layer.s) for name, layer in t2.svf_layers(model).items()}
-    torch.save({f"{name}.weight": x for name, x in p.items()}, tmp_path / "learnable_params.pt")
-    numbered = {f"learnable_params_module_list.{i}": x for i, x in enumerate(p.values())}
-    torch.save(numbered, tmp_path / "policy_params.pt")
-    name, layer = next(iter(t2.svf_layers(model).items()))
-    z = torch.sigmoid(p[name])
-    theirs = (layer.U * (layer.s * z)) @ layer.Vh * layer.s.sum() / (layer.s * z).sum()  # their compose_new_params
-    for file in ("learnable_params.pt", "policy_params.pt"):
-        with t2.use_expert(model, t2.load_expert(tmp_path / file, model)):
-            assert relative(layer.weight, theirs) < 1e-5
 
-# --- the policy gradient
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors"])
+def test_a_file_that_is_no_expert_is_refused(content, tmp_path):
+    path = tmp_path / "expert.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(t2.Transformer2Error, match="cannot read the expert"):
+        t2.load_expert(path)
 
-def test_policy_loss_by_hand():
-    """One step, two actions, π = (p, 1 - p): J = r log p(a) - λ KL, both worked out on paper."""
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    def interrupted(temporary: Path) -> None:
+        temporary.write_text("half of ")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        t2.write_whole(tmp_path / "file", interrupted)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["learnable_params.pt", "policy_params.pt"])
+def test_the_authors_checkpoints_give_the_authors_weights(file, tmp_path):
+    model = make_svf()
+    layers = t2.svf_layers(model)
+    p = {name: torch.randn_like(layer.s) for name, layer in layers.items()}
+    if file == "learnable_params.pt":  # has names
+        theirs = {f"{name}.weight": values for name, values in p.items()}
+    else:  # counts the layers
+        theirs = {f"learnable_params_module_list.{i}": x for i, x in enumerate(p.values())}
+    torch.save(theirs, tmp_path / file)
+    with t2.use_expert(model, t2.load_expert(tmp_path / file, model)):
+        for name, layer in layers.items():
+            # As in their compose_new_params.
+            z = torch.sigmoid(p[name])
+            norm = layer.s.sum() / (layer.s * z).sum()
+            weight = layer.U @ torch.diag(layer.s * z) @ layer.Vh * norm
+            assert relative(layer.weight, weight) < 1e-5
+
+
+# ---- Section 3.1: log-probabilities and the policy gradient --------------------------------------
+
+
+def test_token_log_probs_are_log_softmax_at_the_tokens():
+    torch.manual_seed(0)
+    scores = 5 * torch.randn(2, 3, 7)
+    tokens = torch.tensor([[0, 6, 3], [2, 2, 5]])
+    expected = scores.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    assert torch.allclose(t2.token_log_probs(scores, tokens), expected, atol=1e-5)
+
+
+def test_token_log_probs_are_float32_in_a_bfloat16_model():
+    scores = torch.randn(4, 1000).bfloat16()
+    log_probs = t2.token_log_probs(scores, torch.arange(4))
+    assert log_probs.dtype == torch.float32
+    assert torch.allclose(log_probs, scores.float().log_softmax(-1)[range(4), range(4)], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", EXACT_FAMILIES)
+def test_padding_does_not_matter_in_completion_log_probs(family):
+    model = make(family)
+    texts, completions = [SHORT, LONG, "Hello ABC"], [[7, 8, 9], [10], [5, 6]]
+    inputs = t2.encode(model, TOKENIZER, [say(text) for text in texts])
+    with torch.no_grad():
+        log_probs = t2.completion_log_probs(model, inputs, completions)
+        for text, completion, log_prob in zip(texts, completions, log_probs):
+            alone = plain_log_prob(model, prompt_ids(text), completion)
+            assert log_prob.item() == pytest.approx(alone.item(), abs=1e-4)
+
+
+def test_the_loss_of_one_step_with_two_actions_worked_out_by_hand():
+    """π = (p, 1 - p) with p = sigmoid(x), π_ref = (q, 1 - q), and the first action is drawn.
+
+    The log ratio is log(p / q), and d/dx log p = 1 - p. So the gradient of -J is estimated as
+    -(1 - p) (r - λ log(p / q)).
+    """
     x = torch.tensor(0.3, requires_grad=True)
-    p, q = torch.sigmoid(x).item(), 0.5
-    logp = torch.stack([x, torch.zeros(())]).log_softmax(0).view(1, 1, 2)
-    loss, kl = t2.policy_loss(logp, torch.tensor([[[math.log(q), math.log(1 - q)]]]), torch.tensor([[[0]]]),
-                              torch.ones(1, 1, 1), torch.tensor([[-1.0]]), kl_coef=0.2)
+    p, q, r, kl_coef = torch.sigmoid(x).item(), 0.4, -1.0, 0.2
+    log_prob = F.logsigmoid(x)[None]
+    ref_log_prob = torch.tensor([math.log(q)])
+    loss = t2.reinforce_loss(log_prob, ref_log_prob, torch.tensor([r]), kl_coef)
     loss.backward()
-    by_hand = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    assert kl.item() == pytest.approx(by_hand, rel=1e-5)
-    assert loss.item() == pytest.approx(math.log(p) + 0.2 * by_hand, rel=1e-5)
-    # d/dx: log p -> 1 - p;  KL -> p (1 - p) log[p (1 - q) / ((1 - p) q)]
-    assert x.grad.item() == pytest.approx((1 - p) + 0.2 * p * (1 - p) * math.log(p / (1 - p)), rel=1e-4)
+    assert x.grad.item() == pytest.approx(-(1 - p) * (r - kl_coef * math.log(p / q)), rel=1e-5)
 
-def test_masked_steps_do_not_count():
-    logp = torch.randn(2, 3, 5).log_softmax(-1)
-    ref, actions, adv = torch.randn(2, 3, 5).log_softmax(-1), torch.randint(5, (2, 3, 1)), torch.tensor([[1.0], [-1.0]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])[..., None]
-    full = t2.policy_loss(logp, ref, actions, mask, adv, 0.1)
-    short = t2.policy_loss(logp[:, :2], ref[:, :2], actions[:, :2], mask[:, :2], adv, 0.1)
-    assert torch.allclose(full[0], short[0]) and torch.allclose(full[1], short[1])
 
-@pytest.mark.parametrize("stretch", [1, 1 << 24])
-def test_log_policy_is_the_unpadded_models(stretch):  # logits step by step, or all at once
-    model = make("gpt2")  # absolute positions: left padding would show
-    inputs = t2.encode(model, TOKENIZER, [say("Hello"), say("What is 1 plus 2?")])
-    completions = [[7, 8, 9], [10]]
-    hidden, head, stretches, tokens, mask = t2.token_policy(model, inputs, completions, stretch)
-    likely = sum((head(hidden[:, t]).gather(-1, tokens[:, t]) * mask[:, t]).sum((1, 2)) for t in stretches)
-    for i, text in enumerate(["Hello", "What is 1 plus 2?"]):
-        prompt = t2.encode(model, TOKENIZER, [say(text)])["input_ids"][0].tolist()
-        logp = logits(model, torch.tensor([prompt + completions[i]]))[0].log_softmax(-1)
-        alone = sum(logp[len(prompt) - 1 + t, token] for t, token in enumerate(completions[i]))
-        assert likely[i].item() == pytest.approx(alone.item(), abs=1e-4)
+def test_leave_one_out_advantages_are_rewards_less_the_mean_of_the_others():
+    advantages = t2.leave_one_out_advantages(torch.tensor([1.0, -1.0, 0.0, 0.5]))
+    assert torch.allclose(advantages, torch.tensor([1 + 0.5 / 3, -1 - 0.5, -0.5 / 3, 0.5]))
 
-def test_micro_batches_add_up_to_the_batch():
-    model = t2.apply_svf(make())
-    task = toy(lambda c, p: 1.0, max_new_tokens=4)
-    problems = task.problems("train")[:6]
-    answers = [([5, 6, 7][: 1 + i % 3], "", (-1.0) ** i) for i in range(6)]
-    gradients = []
-    for budget in (10 ** 6, 1):
-        model.zero_grad()
-        hp = t2.Hyperparameters(token_budget=budget)
-        *_, kl = t2.accumulate_gradient(model, TOKENIZER, task, problems, answers, hp)
-        gradients.append(torch.cat([layer.z.grad for layer in t2.svf_layers(model).values()]))
-        assert kl == pytest.approx(0, abs=1e-6)  # z = 1 is the reference
-    assert relative(gradients[1], gradients[0]) < 1e-4
 
-def test_checkpointing_gives_the_same_gradient_in_less_memory():
-    task, answers = toy(None, max_new_tokens=4), [([5, 6, 7], "", 1.0), ([8], "", -1.0)]
-    gradients, peaks = [], []
+def test_one_answer_alone_has_no_baseline():
+    assert t2.leave_one_out_advantages(torch.tensor([-1.0])).tolist() == [-1.0]
+
+
+def test_the_choice_loss_worked_out_by_hand():
+    """Two choices, π = (p, 1 - p) and π_ref = (q, 1 - q): J = r·π - λ KL."""
+    scores, p, q = torch.tensor([0.5, -0.3]), 1 / (1 + math.exp(-0.8)), 0.25
+    ref_scores = torch.tensor([math.log(q), math.log(1 - q)]) - 4.0  # less than 1 in all
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    rewards = [torch.tensor([1.0, -1.0])]
+    loss, mean_reward, mean_kl = t2.choice_loss([scores], [ref_scores], rewards, 0.3)
+    assert mean_reward.item() == pytest.approx(p - (1 - p), rel=1e-5)
+    assert mean_kl.item() == pytest.approx(kl, rel=1e-5)
+    assert loss.item() == pytest.approx(-(p - (1 - p) - 0.3 * kl), rel=1e-5)
+
+
+def enumerate_answers(vocabulary: int, length: int):
+    """A small model whose z's are not 1, and log π and log π_ref of all answers it can give."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(0)
+    model = t2.apply_svf(AutoModelForCausalLM.from_config(config), "all").double()
+    set_z(model, random_expert(model, size=0.5))
+    answers = [list(answer) for answer in itertools.product(range(vocabulary), repeat=length)]
+    prompts = torch.tensor([[1, 2, 3]] * len(answers))
+    inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
+    log_probs = t2.completion_log_probs(model, inputs, answers)
+    with torch.no_grad(), t2.use_expert(model, None):
+        ref_log_probs = t2.completion_log_probs(model, inputs, answers)
+    assert log_probs.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    return model, log_probs, ref_log_probs
+
+
+def gradient_of(value: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """The gradient of a number with respect to all z's, as one vector."""
+    value.backward(retain_graph=True)
+    return z_gradient(model)
+
+
+def test_the_gradient_of_sampled_answers_is_on_average_that_of_eq_1():
+    """All 216 answers of three tokens, each weighted with its probability, at λ = 0.3."""
+    model, log_probs, ref_log_probs = enumerate_answers(vocabulary=6, length=3)
+    rewards = torch.randn(len(log_probs))
+    probs = log_probs.exp()
+    J = (probs * (rewards - 0.3 * (log_probs - ref_log_probs))).sum()
+
+    expected_loss = 0.0
+    for i, prob in enumerate(probs.detach()):
+        answer = slice(i, i + 1)
+        loss = t2.reinforce_loss(log_probs[answer], ref_log_probs[answer], rewards[answer], 0.3)
+        expected_loss = expected_loss + prob * loss
+    assert relative(gradient_of(expected_loss, model), -gradient_of(J, model)) < 1e-4
+
+
+def test_the_baseline_leaves_the_average_gradient_as_it_is():
+    """All 256 pairs of answers that a batch of two can have, at λ = 0.3."""
+    model, log_probs, ref_log_probs = enumerate_answers(vocabulary=4, length=2)
+    rewards = torch.randn(len(log_probs))
+    probs = log_probs.exp()
+    J = (probs * (rewards - 0.3 * (log_probs - ref_log_probs))).sum()
+
+    expected_loss = 0.0
+    for pair in itertools.product(range(len(log_probs)), repeat=2):
+        pair = list(pair)
+        advantages = t2.leave_one_out_advantages(rewards[pair])
+        loss = t2.reinforce_loss(log_probs[pair], ref_log_probs[pair], advantages, 0.3)
+        expected_loss = expected_loss + probs[pair].prod().detach() * loss
+    assert relative(gradient_of(expected_loss, model), -gradient_of(J, model)) < 1e-4
+
+
+def some_answers() -> list[t2.Answer]:
+    """Six answers of one to three tokens, right and wrong."""
+    answers = []
+    for i in range(6):
+        answers.append(t2.Answer(tokens=[5 + i, 6, 7][: 1 + i % 3], text="", reward=(-1.0) ** i))
+    return answers
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+@pytest.mark.parametrize("token_budget", [10**6, 60, 1])
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(token_budget, baseline):
+    model = make_svf()
+    set_z(model, random_expert(model))
+    task, answers = toy(is_blue, max_new_tokens=4), some_answers()
+    problems = task.problems("train")[5:11]
+    hp = t2.Hyperparameters(token_budget=token_budget, kl_coef=0.3, baseline=baseline)
+    stats = t2.add_gradient(model, TOKENIZER, task, problems, answers, hp)
+    gradient = z_gradient(model)
+
+    log_probs, ref_log_probs = [], []
+    for problem, answer in zip(problems, answers):
+        prompt = prompt_ids(problem["question"])
+        log_probs.append(plain_log_prob(model, prompt, answer.tokens))
+        with torch.no_grad(), t2.use_expert(model, None):
+            ref_log_probs.append(plain_log_prob(model, prompt, answer.tokens))
+    log_probs, log_ratios = torch.stack(log_probs), torch.stack(log_probs).detach()
+    log_ratios = log_ratios - torch.stack(ref_log_probs)
+    rewards = torch.tensor([answer.reward for answer in answers])
+    advantages = rewards
+    if baseline:
+        advantages = rewards - torch.tensor([-0.2, 0.2] * 3)  # means of the five others
+    (-(log_probs * (advantages - 0.3 * log_ratios)).mean()).backward()
+    assert relative(gradient, z_gradient(model)) < 1e-4
+    assert stats.kl == pytest.approx(log_ratios.mean().item(), abs=1e-5)
+    assert stats.reward == pytest.approx(0)
+
+
+@pytest.mark.parametrize("token_budget", [10**6, 60, 1])
+def test_the_token_budget_bounds_a_micro_batch_of_answers(token_budget, monkeypatch):
+    sizes, completion_log_probs = [], t2.completion_log_probs
+
+    def recorded(model, inputs, completions):
+        rows, width = inputs["input_ids"].shape
+        sizes.append((rows, rows * (width + max(len(tokens) for tokens in completions))))
+        return completion_log_probs(model, inputs, completions)
+
+    monkeypatch.setattr(t2, "completion_log_probs", recorded)
+    task = toy(is_blue)
+    hp = t2.Hyperparameters(token_budget=token_budget)
+    t2.add_gradient(make_svf(), TOKENIZER, task, task.problems("train")[:6], some_answers(), hp)
+    assert sum(rows for rows, _ in sizes) == 6
+    assert all(tokens <= token_budget or rows == 1 for rows, tokens in sizes)
+    assert len(sizes) == {10**6: 1, 60: 2, 1: 6}[token_budget]
+
+
+@pytest.mark.parametrize("token_budget", [10**6, 120, 1])
+def test_the_token_budget_bounds_a_micro_batch_of_choices_and_the_copies_of_prompts(
+    token_budget, monkeypatch
+):
+    sizes, choice_log_probs = [], t2.choice_log_probs
+
+    def recorded(model, inputs, choices):
+        rows, width = inputs["input_ids"].shape
+        sizes.append((rows, rows * width * len(COLORS)))
+        return choice_log_probs(model, inputs, choices)
+
+    monkeypatch.setattr(t2, "choice_log_probs", recorded)
+    task = toy(is_blue, choices=COLORS)
+    hp = t2.Hyperparameters(token_budget=token_budget)
+    t2.add_choice_gradient(make_svf(), TOKENIZER, task, task.problems("train")[:6], hp)
+    assert sum(rows for rows, _ in sizes) == 6
+    assert all(tokens <= token_budget or rows == 1 for rows, tokens in sizes)
+    assert len(sizes) == {10**6: 1, 120: 3, 1: 6}[token_budget]
+
+
+def gradient_of_a_step(model: nn.Module, task: t2.Task, **hyper) -> torch.Tensor:
+    """The gradient of six problems with the answers above, or with all choices of the task."""
+    hp, problems = t2.Hyperparameters(kl_coef=0.1, **hyper), task.problems("train")[5:11]
+    if task.choices:
+        t2.add_choice_gradient(model, TOKENIZER, task, problems, hp)
+    else:
+        t2.add_gradient(model, TOKENIZER, task, problems, some_answers(), hp)
+    return z_gradient(model)
+
+
+@pytest.mark.parametrize("family", EXACT_FAMILIES)
+def test_checkpointing_gives_the_same_gradient(family):
+    model = t2.apply_svf(make(family), "all")
+    set_z(model, random_expert(model))
+    for task in (toy(is_blue), toy(is_blue, choices=COLORS, prefill="The category is")):
+        expected = gradient_of_a_step(model, task)
+        assert expected.norm() > 1e-3
+        assert relative(gradient_of_a_step(model, task, checkpointing=True), expected) < 1e-4
+
+
+def test_checkpointing_takes_less_memory():
+    model = t2.apply_svf(make(), "all")
+    peaks = []
     for checkpointing in (False, True):
-        model = t2.apply_svf(make(), "all", checkpointing=checkpointing)
-        with t2.use_expert(model, random_expert(model)), Peak(model) as peak:
-            z = {name: layer.using.requires_grad_() for name, layer in t2.svf_layers(model).items()}
-            hp = t2.Hyperparameters(kl_coef=0.1)
-            t2.accumulate_gradient(model, TOKENIZER, task, task.problems("train")[:2], answers, hp)
-        gradients.append(torch.cat([x.grad for x in z.values()]))
+        with Peak(model) as peak:
+            gradient_of_a_step(model, toy(is_blue), checkpointing=checkpointing)
         peaks.append(peak.most)
-    assert relative(*gradients) < 1e-4 and gradients[0].norm() > 1e-3 and peaks[1] < 0.8 * peaks[0]
+    assert peaks[1] < 0.8 * peaks[0]
 
-def test_draws_follow_the_distribution_and_not_the_batch():
-    model, n, how = make(), 4000, dict(max_new_tokens=1, temperature=2.0, return_tokens=True)
-    drawn = t2.generate(model, TOKENIZER, [say("Hello")] * n, uniforms=torch.linspace(0, 1 - 1e-6, n)[:, None], **how)
-    p = (logits(model, t2.encode(model, TOKENIZER, [say("Hello")])["input_ids"])[0, -1] / 2.0).softmax(0)
-    assert torch.allclose(torch.bincount(torch.tensor([t for [t], _ in drawn]), minlength=len(p)) / n, p, atol=1e-3)
-    conversations, u = [say("Hello"), say("What is 1 plus 2?"), say("A" * 9)], torch.rand(3, 8)
-    together = t2.generate(model, TOKENIZER, conversations, max_new_tokens=8, temperature=2.0, uniforms=u)
-    assert together == [t2.generate(model, TOKENIZER, [c], max_new_tokens=8, temperature=2.0, uniforms=u[i : i + 1])[0]
-                        for i, c in enumerate(conversations)]
 
-def train_two_tasks(path):
-    """What test_two_processes_train_as_one runs in each process."""
-    if t2.WORLD > 1:
-        meet = dict(init_method=f"file://{path}.meet", rank=t2.RANK, world_size=t2.WORLD)
-        torch.distributed.init_process_group("gloo", **meet)
-    model, experts = t2.apply_svf(make()), {}
-    for task in (toy(lambda c, p: 1.0 if c.strip()[:1].isdigit() else -1.0, max_new_tokens=3),
-                 toy(lambda c, p: 1.0 if c == "blue" else -1.0, choices=["red", "blue"], prefill="The category is")):
-        expert = t2.reinforce(model, TOKENIZER, task, steps=3, batch_size=31, lr=3e-2, kl_coef=0.2, validate_every=3)
-        experts |= {f"{len(task.prefill)} {name}": z for name, z in expert.items()}
-    if t2.RANK == 0:
+def test_llama_3_8b_trains_on_a_card_of_24_gb():
+    """Bytes are counted on tensors without storage: one row of 1,024 tokens, λ > 0."""
+    memory = counted_memory(SHAPES["Llama-3-8B"])
+    assert memory["dense weights"] == pytest.approx(14.96, abs=0.01)
+    assert memory["factored weights"] == pytest.approx(17.96, abs=0.01)
+    assert 18 < memory["peak of a training step"] < 23
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mamba2", "gemma3"])
+def test_checkpointing_leaves_the_model_as_it_was(family):
+    model = make_svf(family)
+    states = {name: dict(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises(KeyboardInterrupt), t2.checkpointing(model):
+        raise KeyboardInterrupt
+    for name, module in model.named_modules():
+        assert vars(module) == states[name]
+
+
+# ---- Choices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_choices_have_the_log_probs_and_gradients_of_whole_sequences(family):
+    """They differ in number between problems, in length, and some begin alike."""
+    model = make_svf(family)
+    set_z(model, random_expert(model, size=0.3))
+    texts = [SHORT, LONG]
+    choices = [[[5, 6, 7], [5, 6, 8], [5, 6], [9]], [[10, 11], [12]]]
+    inputs = t2.encode(model, TOKENIZER, [say(text) for text in texts])
+    log_probs = t2.choice_log_probs(model, inputs, choices)
+    assert [scores.shape for scores in log_probs] == [(4,), (2,)]
+
+    expected = []
+    for text, own_choices in zip(texts, choices):
+        for choice in own_choices:
+            expected.append(plain_log_prob(model, prompt_ids(text), choice))
+    scores, expected = torch.cat(log_probs), torch.stack(expected)
+    assert torch.allclose(scores, expected, atol=1e-4)
+
+    weights = torch.tensor([1.0, -2.0, 0.5, 1.5, -1.0, 0.7])
+    (scores * weights).sum().backward()
+    gradient = z_gradient(model)
+    (expected * weights).sum().backward()
+    assert relative(gradient, z_gradient(model)) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_choices_are_scored_under_the_expert_of_their_row(family):
+    model = make_svf(family)
+    experts = [random_expert(model, 1), None, random_expert(model, 2)]
+    task = toy(is_blue, choices=["A B", "A C", "red"])
+    problems = task.problems("train")[:3]
+    mixed = t2.score_choices(model, TOKENIZER, task, problems, expert=experts)
+    for scores, problem, expert in zip(mixed, problems, experts):
+        [alone] = t2.score_choices(model, TOKENIZER, task, [problem], expert=expert)
+        assert torch.allclose(scores, alone, atol=1e-4)
+
+
+def test_a_problem_may_have_choices_of_its_own_that_begin_with_a_blank():
+    """As benchmarks score them: plain prompts, the blank counts, no end token."""
+    model = make()
+    problems = [
+        {"question": "What is 1 plus 2?", "options": [" red", " green", "blue"], "answer": ""},
+        {"question": "Hello", "options": [" red A", " red AB"], "answer": ""},
+    ]
+    task = t2.Task(
+        "own-choices",
+        problems=lambda split: problems,
+        conversation=lambda problem: problem["question"],
+        reward=is_blue,
+        choices=lambda problem: problem["options"],
+    )
+    scores = t2.score_choices(model, TOKENIZER, task, problems)
+    for problem, own_scores in zip(problems, scores):
+        assert len(own_scores) == len(problem["options"])
+        for option, score in zip(problem["options"], own_scores):
+            prompt = TOKENIZER(problem["question"])["input_ids"]
+            alone = plain_log_prob(model, prompt, TOKENIZER(option)["input_ids"])
+            assert score.item() == pytest.approx(alone.item(), abs=1e-4)
+
+
+def test_a_blank_stands_between_prefill_and_choice():
+    model = make()
+    task = toy(is_blue, choices=["red", " green"], prefill="The category is")
+    [problem] = task.problems("train")[:1]
+    [scores] = t2.score_choices(model, TOKENIZER, task, [problem])
+    prompt = prompt_ids(problem["question"]) + TOKENIZER("The category is")["input_ids"]
+    for score, text in zip(scores, [" red", " green"]):
+        alone = plain_log_prob(model, prompt, TOKENIZER(text)["input_ids"])
+        assert score.item() == pytest.approx(alone.item(), abs=1e-4)
+
+
+def test_the_gradient_for_choices_is_that_of_eq_1():
+    """J written out with whole sequences; choices of unequal number, at λ = 0.3."""
+    model = make_svf()
+    set_z(model, random_expert(model))
+    rewards = {"red": 1.0, "green": -1.0, "blue": -0.1}
+
+    def choices(problem: dict) -> list[str]:
+        return COLORS[: 2 + int(problem["question"][-2]) % 2]
+
+    task = toy(lambda text, problem: rewards[text], choices=choices, prefill="The category is")
+    problems = task.problems("train")[:5]
+    hp = t2.Hyperparameters(kl_coef=0.3, token_budget=100)
+    t2.add_choice_gradient(model, TOKENIZER, task, problems, hp)
+    gradient = z_gradient(model)
+
+    J = torch.zeros(())
+    for problem in problems:
+        prompt = prompt_ids(problem["question"]) + TOKENIZER(task.prefill)["input_ids"]
+        scores, ref_scores, own_rewards = [], [], []
+        for text in choices(problem):
+            tokens = TOKENIZER(f" {text}")["input_ids"]
+            scores.append(plain_log_prob(model, prompt, tokens))
+            with torch.no_grad(), t2.use_expert(model, None):
+                ref_scores.append(plain_log_prob(model, prompt, tokens))
+            own_rewards.append(rewards[text])
+        log_pi = torch.stack(scores).log_softmax(0)
+        log_ratio = log_pi - torch.stack(ref_scores).log_softmax(0)
+        J = J + (log_pi.exp() * (torch.tensor(own_rewards) - 0.3 * log_ratio)).sum() / 5
+    J.backward()
+    assert relative(gradient, -z_gradient(model)) < 1e-3
+
+
+@pytest.mark.parametrize("choices", [[], lambda problem: []])
+def test_a_problem_without_choices_is_refused(choices):
+    task = toy(is_blue, choices=choices)
+    for use in (t2.evaluate, t2.score_choices):
+        with pytest.raises(t2.Transformer2Error, match="toy has no choices"):
+            use(make(), TOKENIZER, task, task.problems("test"))
+    with pytest.raises(t2.Transformer2Error, match="toy has no choices"):
+        t2.reinforce(make_svf(), TOKENIZER, task, steps=1)
+
+
+# ---- Section 3.1: training -----------------------------------------------------------------------
+
+TRAINING = {"steps": 24, "batch_size": 64, "lr": 3e-2, "validate_every": 8}
+
+
+def choice_task() -> t2.Task:
+    """One of three answers is right, whatever the problem."""
+    return toy(is_blue, choices=COLORS, prefill="The category is")
+
+
+def own_choices_task() -> t2.Task:
+    """The number of choices depends on the problem; "blue" is always right."""
+
+    def choices(problem: dict) -> list[str]:
+        is_odd = int(problem["question"][8]) % 2 == 1
+        return ["red", "blue"] if is_odd else ["green", "red", "blue"]
+
+    return toy(is_blue, choices=choices, prefill="The category is")
+
+
+def digit_task() -> t2.Task:
+    """An answer has to be a digit, out of the whole vocabulary."""
+    return toy(starts_with_digit, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("make_task", [choice_task, own_choices_task, digit_task])
+def test_reinforce_learns(make_task):
+    model, task = make_svf(), make_task()
+    before = t2.evaluate(model, TOKENIZER, task, task.problems("test"))
+    expert = t2.reinforce(model, TOKENIZER, task, **TRAINING)
+    after = t2.evaluate(model, TOKENIZER, task, task.problems("test"), expert=expert)
+    assert before < 0.6
+    assert after > 0.9
+
+
+def test_reinforce_leaves_the_model_as_it_was():
+    model = make_svf()
+    start = random_expert(model, size=0.1)
+    set_z(model, start)
+    expert = t2.reinforce(model, TOKENIZER, digit_task(), steps=2, batch_size=8, lr=0.1)
+    for name, layer in t2.svf_layers(model).items():
+        assert torch.equal(layer.z, start[name])
+        assert layer.z.grad is None
+        assert not torch.equal(expert[name], start[name])  # it trained, and from there on
+        assert (expert[name] - start[name]).abs().max() < 0.3
+
+
+def test_reinforce_leaves_the_model_as_it_was_after_an_exception():
+    """Here it comes in the middle of a step, when a part of the gradient is there."""
+    model, calls = make_svf(), itertools.count()
+
+    def failing_reward(completion: str, problem: dict) -> float:
+        if next(calls) > 3 * 20 + 3 * 12:
+            raise KeyboardInterrupt
+        return is_blue(completion, problem)
+
+    task = toy(failing_reward, choices=COLORS, prefill="The category is")
+    hyper = dict(steps=3, batch_size=20, lr=0.1, token_budget=100, validation_problems=1)
+    with pytest.raises(KeyboardInterrupt):
+        t2.reinforce(model, TOKENIZER, task, **hyper)
+    for layer in t2.svf_layers(model).values():
+        assert torch.equal(layer.z, torch.ones_like(layer.z))
+        assert layer.z.grad is None
+
+
+def test_reinforce_returns_the_best_validated_expert(monkeypatch):
+    """The accuracies of steps 0 to 4 are given; the last of the two best steps wins."""
+    accuracies, experts = iter([0.1, 0.6, 0.3, 0.6, 0.2]), []
+
+    def evaluate(model, processor, task, problems, *, expert=None):
+        experts.append(t2.get_expert(model))
+        return next(accuracies)
+
+    monkeypatch.setattr(t2, "evaluate", evaluate)
+    hyper = dict(steps=4, batch_size=8, lr=0.1, validate_every=1)
+    expert = t2.reinforce(make_svf(), TOKENIZER, digit_task(), **hyper)
+    for name, z in expert.items():
+        assert torch.equal(z, experts[3][name])
+        assert not torch.equal(z, experts[2][name])
+
+
+def test_on_step_sees_figures_and_answers():
+    seen = []
+    hyper = dict(steps=3, batch_size=32, validate_every=2, validation_problems=4)
+    task = digit_task()
+    t2.reinforce(make_svf(), TOKENIZER, task, on_step=lambda *step: seen.append(step), **hyper)
+    assert [stats.step for stats, _ in seen] == [0, 1, 2, 3]
+    assert [stats.validation is None for stats, _ in seen] == [False, True, False, False]
+    assert seen[0][1] == []  # step 0 only validates
+    for stats, answers in seen[1:]:
+        assert len(answers) == 32
+        for answer in answers:
+            assert len(answer.tokens) == 1
+            assert answer.reward == task.reward(answer.text, {})
+        assert stats.reward == pytest.approx(sum(answer.reward for answer in answers) / 32)
+        assert stats.mean_length == 1
+        assert stats.grad_norm > 0
+        assert stats.seconds > 0
+
+
+def test_every_step_prints_a_line(capsys):
+    t2.reinforce(make_svf(), TOKENIZER, digit_task(), steps=2, batch_size=4)
+    output = capsys.readouterr().out
+    assert re.search(r"step +1 +reward", output)
+    assert re.search(r"step +2 +reward", output)
+    assert re.search(r"step +2 .*validation", output)
+
+
+def test_the_kl_holds_the_policy_back():
+    distances = []
+    for kl_coef in (0.0, 10.0):
+        hyper = dict(steps=10, batch_size=64, lr=2e-2, kl_coef=kl_coef, validate_every=100)
+        expert = t2.reinforce(make_svf(), TOKENIZER, choice_task(), **hyper)
+        distances.append(sum(((z - 1) ** 2).sum().item() for z in expert.values()))
+    assert distances[1] < 0.7 * distances[0]
+
+
+def test_the_same_seed_gives_the_same_expert_and_another_seed_another():
+    model, experts = make_svf(), []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(experts))  # torch's own generator does not matter
+        hyper = dict(steps=2, batch_size=8, lr=0.1, seed=seed)
+        expert = t2.reinforce(model, TOKENIZER, digit_task(), **hyper)
+        experts.append(torch.cat(list(expert.values())))
+    assert torch.equal(experts[0], experts[1])
+    assert not torch.equal(experts[0], experts[2])
+
+
+def interrupted_run(model: nn.Module, task: t2.Task, path: Path, **changes) -> None:
+    """A run that is interrupted in its 10th step, in the middle of the rewards."""
+    reward, calls = task.reward, itertools.count()
+
+    def failing_reward(completion: str, problem: dict) -> float:
+        if next(calls) > 64 * 9 + 20 * 2 + 40:
+            raise KeyboardInterrupt
+        return reward(completion, problem)
+
+    task.reward = failing_reward
+    with pytest.raises(KeyboardInterrupt):
+        t2.reinforce(model, TOKENIZER, task, checkpoint=path, **{**TRAINING, **changes})
+    task.reward = reward
+
+
+@pytest.mark.parametrize("make_task", [choice_task, digit_task])
+def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_does(make_task, tmp_path):
+    model, task = make_svf(), make_task()
+    uninterrupted = t2.reinforce(model, TOKENIZER, task, **TRAINING)
+    interrupted_run(model, task, tmp_path / "progress")
+    steps = []
+    resumed = t2.reinforce(
+        model,
+        TOKENIZER,
+        task,
+        checkpoint=tmp_path / "progress",
+        on_step=lambda stats, answers: steps.append(stats.step),
+        **TRAINING,
+    )
+    assert 1 < steps[0] < 24  # it did go on
+    assert resumed.keys() == uninterrupted.keys()
+    for name, z in resumed.items():
+        assert torch.equal(z, uninterrupted[name])
+
+
+@pytest.mark.parametrize("changes", [{"token_budget": 100}, {"checkpointing": True}])
+def test_a_run_goes_on_with_another_token_budget_or_with_checkpointing(changes, tmp_path):
+    model, task = make_svf(), choice_task()
+    uninterrupted = t2.reinforce(model, TOKENIZER, task, **TRAINING)
+    interrupted_run(model, task, tmp_path / "progress")
+    settings = {**TRAINING, **changes}
+    resumed = t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "progress", **settings)
+    for name, z in resumed.items():
+        assert torch.allclose(z, uninterrupted[name], atol=1e-3)
+        assert (z - 1).abs().max() > 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_size": 32}, "batch.size"),
+        ({"lr": 1e-3}, "lr"),
+        ({"kl_coef": 0.1}, "kl"),
+        ({"max_new_tokens": 2}, "token"),
+        ({"task": "other"}, "task"),
+        ({"targets": "all"}, "model|layers"),
+        ({"model": "a/model"}, "model"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_the_difference_named(changes, named, tmp_path):
+    model, task, path = make_svf(), digit_task(), tmp_path / "progress"
+    hyper = dict(steps=1, batch_size=4, validation_problems=4, lr=2e-3)
+    t2.reinforce(model, TOKENIZER, task, checkpoint=path, **hyper)
+    before = path.read_bytes()
+    for name, value in changes.items():
+        if name == "targets":
+            model = t2.apply_svf(make(), value)
+        elif name == "model":
+            model.config._name_or_path = value
+        elif name == "task":
+            task.name = value
+        elif name == "max_new_tokens":
+            task.max_new_tokens = value
+        else:
+            hyper[name] = value
+    with pytest.raises(t2.Transformer2Error, match=f"another [^,:]*({named})"):
+        t2.reinforce(model, TOKENIZER, task, checkpoint=path, **hyper)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    (tmp_path / "progress").write_bytes(b"damaged")
+    with pytest.raises(t2.Transformer2Error, match="progress"):
+        t2.reinforce(make_svf(), TOKENIZER, digit_task(), checkpoint=tmp_path / "progress", steps=1)
+
+
+def test_reinforce_where_nothing_requires_gradients_is_refused():
+    model = make().requires_grad_(False)
+    with pytest.raises(t2.Transformer2Error, match="requires gradients.*apply_svf"):
+        t2.reinforce(model, TOKENIZER, digit_task(), steps=1)
+
+
+def test_evaluate_counts_the_rewards_of_greedy_answers():
+    model, task = make(), digit_task()
+    problems = task.problems("test")
+    right = 0
+    for problem in problems:
+        answer = plain_answer(model, prompt_ids(problem["question"]), max_new_tokens=1)
+        right += max(0.0, task.reward(answer, problem))
+    assert t2.evaluate(model, TOKENIZER, task, problems) == pytest.approx(right / len(problems))
+
+
+def test_a_partly_right_answer_counts_partly_and_a_wrong_one_not_negatively():
+    rewards = {"red": 0.3, "green": -1.0, "blue": -0.5}
+    task = toy(lambda text, problem: rewards[text], choices=COLORS, prefill="The category is")
+    problems = task.problems("train")
+    model = make()
+    scores = t2.score_choices(model, TOKENIZER, task, problems)
+    chosen = [COLORS[own_scores.argmax()] for own_scores in scores]
+    accuracy = t2.evaluate(model, TOKENIZER, task, problems)
+    assert accuracy == pytest.approx(0.3 * chosen.count("red") / len(problems))
+
+
+def test_evaluating_on_no_problems_is_refused():
+    with pytest.raises(t2.Transformer2Error, match="no problems"):
+        t2.evaluate(make(), TOKENIZER, digit_task(), [])
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_a_peft_lora_trains_by_the_same_loop(kl_coef):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up_proj", "down_proj"])
+    torch.manual_seed(0)
+    model, task = peft.get_peft_model(make(), config).eval(), digit_task()
+    start = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    before = t2.evaluate(model, TOKENIZER, task, task.problems("test"))
+    hyper = {**TRAINING, "max_grad_norm": 1.0, "kl_coef": kl_coef}
+    matrices = t2.reinforce(model, TOKENIZER, task, **hyper)
+
+    assert matrices.keys() == start.keys()
+    parameters = dict(model.named_parameters())
+    for name, matrix in matrices.items():
+        assert torch.equal(parameters[name], start[name])
+        assert matrix.shape == start[name].shape
+    with torch.no_grad():
+        for name, matrix in matrices.items():
+            parameters[name].copy_(matrix)
+    after = t2.evaluate(model, TOKENIZER, task, task.problems("test"))
+    assert before < 0.6
+    assert after > 0.9
+
+
+def train_two_tasks(path: str, rank: int = 0, processes: int = 1) -> None:
+    """What each of several processes does in the test below; the first saves the experts."""
+    if processes > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{path}.meet", rank=rank, world_size=processes
+        )
+    model, experts = make_svf(), {}
+    three_digits = toy(starts_with_digit, max_new_tokens=3)
+    for task in (three_digits, choice_task()):
+        hyper = dict(steps=3, batch_size=31, lr=3e-2, kl_coef=0.2, validate_every=3)
+        expert = t2.reinforce(model, TOKENIZER, task, **hyper)
+        for name, z in expert.items():
+            experts[f"{task.max_new_tokens} {name}"] = z
+    if rank == 0:
         t2.save_expert(experts, path)
 
+
 def test_two_processes_train_as_one(tmp_path):
-    code = f"import sys, test_transformer2; test_transformer2.train_two_tasks({str(tmp_path / 'two')!r})"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}  # as torchrun would set
-    both = [subprocess.Popen([sys.executable, "-c", code], env={**env, "RANK": str(rank)}, cwd=Path(__file__).parent,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in range(2)]
-    for process in both:
+    processes = []
+    for rank in range(2):
+        call = f"train_two_tasks({str(tmp_path / 'two')!r}, {rank}, 2)"
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"from {Path(__file__).stem} import *; {call}"],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            cwd=HERE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        processes.append(process)
+    train_two_tasks(str(tmp_path / "one"))
+    for process in processes:
         errors = process.communicate(timeout=120)[1].decode()
         assert process.returncode == 0, errors[-3000:]
-    train_two_tasks(tmp_path / "one")
     one, two = t2.load_expert(tmp_path / "one"), t2.load_expert(tmp_path / "two")
-    assert all(torch.allclose(one[k], two[k], atol=1e-5) and (one[k] - 1).abs().max() > 0.01 for k in one | two)
+    assert one.keys() == two.keys()
+    for name, z in one.items():
+        assert torch.allclose(z, two[name], atol=1e-5)
+        assert (z - 1).abs().max() > 0.01
 
-@pytest.mark.parametrize("choices", [["red", "green", "blue"], None])
-def test_reinforce_learns_and_resumes(choices, tmp_path, capsys):
-    model = t2.apply_svf(make())
-    if choices:  # one of three, by probability
-        task = toy(lambda c, p: 1.0 if c == "blue" else -1.0, choices=choices, prefill="The category is")
-    else:  # a first token out of the whole vocabulary
-        task = toy(lambda c, p: 1.0 if c.strip()[:1].isdigit() else -1.0, max_new_tokens=1)
-    hyper = dict(steps=24, batch_size=64, lr=3e-2, validate_every=8)
-    before = t2.evaluate(model, TOKENIZER, task, task.problems("test"))
-    expert = t2.reinforce(model, TOKENIZER, task, **hyper)
-    after = t2.evaluate(model, TOKENIZER, task, task.problems("test"), expert=expert)
-    assert before < 0.6 and after > 0.9
-    assert all((layer.z == 1).all() for layer in t2.svf_layers(model).values())  # the model is as it was
-    original, calls = task.reward, iter(range(10 ** 9))  # stop midway; going on gives the same expert, bit by bit
-    def failing(c, p):
-        if next(calls) > 64 * 9:
-            raise KeyboardInterrupt
-        return original(c, p)
-    task.reward = failing
-    with pytest.raises(KeyboardInterrupt):
-        t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **hyper)
-    task.reward = original
-    resumed = t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **hyper)
-    assert all(torch.equal(resumed[k], expert[k]) for k in expert)
-    for other in (dict(lr=1.0), {}):
-        if not other:
-            model = t2.apply_svf(make(), "all")
-        with pytest.raises(t2.Transformer2Error, match="begun with other settings"):
-            t2.reinforce(model, TOKENIZER, task, checkpoint=tmp_path / "state", **{**hyper, **other})
 
-def test_gradient_for_choices_is_that_of_the_exact_expectation():
-    model, names = t2.apply_svf(make()).double(), ["red", "green", "blue"]
-    task = toy(lambda c, p: {"red": 1.0, "green": -1.0, "blue": -0.1}[c], choices=names, prefill="The category is")
-    problems, layer = task.problems("train")[:5], t2.svf_layers(model)["model.layers.0.mlp.down_proj"]
-    with torch.no_grad():
-        layer.z[2] = 1.5  # away from the reference, where the KL has a gradient
-    def J():
-        inputs = t2.encode(model, TOKENIZER, [task.conversation(p) for p in problems], task.prefill)
-        with torch.no_grad():
-            logp = t2.choice_policy(model, TOKENIZER, inputs, task.prefill, names)[0][:, 0].double()
-            with t2.use_expert(model, None):
-                ref = t2.choice_policy(model, TOKENIZER, inputs, task.prefill, names)[0][:, 0].double()
-        return (logp.exp() * (torch.tensor([1.0, -1.0, -0.1]) - 0.3 * (logp - ref))).sum(1).mean().item()
-    hp = t2.Hyperparameters(kl_coef=0.3, token_budget=1)
-    t2.accumulate_gradient(model, TOKENIZER, task, problems, [], hp)
-    for i in (2, 5):
-        ends = []
-        for step in (1e-2, -1e-2):
-            with torch.no_grad():
-                layer.z[i] += step
-                ends.append(J())
-                layer.z[i] -= step
-        assert -layer.z.grad[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=1e-2, abs=2e-5)
+# ---- Generation ----------------------------------------------------------------------------------
 
-def test_kl_holds_the_policy_back():
-    model = t2.apply_svf(make())
-    task = toy(lambda c, p: 1.0 if c == "blue" else -1.0, choices=["red", "green", "blue"], prefill="The category is")
-    distance = []
-    for kl_coef in (0.0, 10.0):
-        expert = t2.reinforce(model, TOKENIZER, task, steps=10, batch_size=64, lr=2e-2, kl_coef=kl_coef,
-                              validate_every=100)
-        distance.append(sum(((z - 1) ** 2).sum() for z in expert.values()))
-    assert distance[1] < 0.7 * distance[0]
 
-# --- self-adaptation
+@pytest.mark.parametrize("family", GENERATION_FAMILIES)
+def test_80_greedy_tokens_in_a_padded_batch_alone_and_by_plain_transformers(family):
+    model = never_ends(make(family, seed=2))
+    plain = [plain_answer(model, prompt_ids(text), max_new_tokens=80) for text in (SHORT, LONG)]
+    assert len(set("".join(plain))) > 5  # no endless repetition of one token
+    t2.apply_svf(model, GENERATION_FAMILIES[family].targets)
+    batch = t2.generate(model, TOKENIZER, [say(SHORT), say(LONG)], max_new_tokens=80)
+    assert batch == plain
+    for text, answer in zip((SHORT, LONG), plain):
+        assert t2.generate(model, TOKENIZER, [say(text)], max_new_tokens=80) == [answer]
 
-def test_choices_are_scored_by_their_own_probability():
+
+def test_draws_follow_softmax_of_logits_over_temperature():
+    model, n = make(), 4000
+    draws = t2.generate(
+        model, TOKENIZER, [say(SHORT)] * n, max_new_tokens=1, temperature=2.0, seed=0
+    )
+    pi = (logits(model, prompt_ids(SHORT))[-1] / 2.0).softmax(0)
+    chances = {}
+    for token, p in enumerate(pi.tolist()):  # end token and padding are both no text
+        text = TOKENIZER.decode([token], skip_special_tokens=True)
+        chances[text] = chances.get(text, 0.0) + p
+    for text, p in chances.items():
+        deviation = math.sqrt(p * (1 - p) / n)
+        assert draws.count(text) / n == pytest.approx(p, abs=4.5 * deviation)
+
+
+def test_draws_do_not_depend_on_how_rows_are_cut_into_batches(monkeypatch):
+    model = never_ends(make())
+    conversations = [say(f"What is {i} plus 2?" + " A" * i) for i in range(24)]
+    how = dict(max_new_tokens=48, temperature=1.0, seed=5)
+    together = t2.generate(model, TOKENIZER, conversations, **how)
+    assert len(set(together)) == 24
+    for budget in (1, 300):
+        monkeypatch.setattr(t2, "TOKEN_BUDGET", budget)
+        assert t2.generate(model, TOKENIZER, conversations, **how) == together
+
+
+def test_equal_prompts_draw_answers_of_their_own():
+    answers = t2.generate(
+        never_ends(make()), TOKENIZER, [say(SHORT)] * 20, max_new_tokens=8, temperature=2.0, seed=0
+    )
+    assert len(set(answers)) == 20
+
+
+def test_without_a_seed_draws_come_from_torchs_generator():
+    model = never_ends(make())
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        for _ in range(2):
+            draws += t2.generate(model, TOKENIZER, [say(SHORT)], max_new_tokens=20, temperature=2.0)
+    assert draws[:2] == draws[2:]
+    assert draws[0] != draws[1]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31 + 1])
+def test_a_seed_out_of_range_is_refused(seed):
+    model, task = make_svf(), digit_task()
+    with pytest.raises(t2.Transformer2Error, match="seed"):
+        t2.generate(model, TOKENIZER, [say(SHORT)], seed=seed)
+    with pytest.raises(t2.Transformer2Error, match="seed"):
+        t2.reinforce(model, TOKENIZER, task, steps=1, seed=seed)
+    with pytest.raises(t2.Transformer2Error, match="seed"):
+        t2.few_shot(model, TOKENIZER, task, task.problems("test"), {}, seed=seed)
+
+
+def test_the_largest_seed_is_a_seed():
+    model, task, seed = make_svf(), digit_task(), 2**31
+    how = dict(max_new_tokens=2, temperature=1.0, seed=seed)
+    assert len(t2.generate(model, TOKENIZER, [say(SHORT)], **how)) == 1
+    assert t2.reinforce(model, TOKENIZER, task, steps=1, batch_size=4, seed=seed)
+    experts = {"a": random_expert(model)}
+    problems = task.problems("test")[:2]
+    assert t2.few_shot(model, TOKENIZER, task, problems, experts, iterations=1, seed=seed)
+
+
+def test_generation_ignores_the_models_own_settings_and_puts_them_back():
+    model = never_ends(make())
+    conversations = [say(SHORT), say(LONG)]
+    greedy = t2.generate(model, TOKENIZER, conversations, max_new_tokens=12)
+    how = dict(max_new_tokens=12, temperature=2.0, seed=0)
+    drawn = t2.generate(model, TOKENIZER, conversations, **how)
+    settings = model.generation_config
+    settings.repetition_penalty = 5.0
+    settings.do_sample, settings.top_k = True, 1
+    settings.max_length, settings.min_new_tokens = 20, 3
+    before = settings.to_dict()
+    assert t2.generate(model, TOKENIZER, conversations, max_new_tokens=12) == greedy
+    assert t2.generate(model, TOKENIZER, conversations, **how) == drawn
+    assert model.generation_config is settings
+    assert settings.to_dict() == before
+
+
+def answer_with_end(end: int) -> tuple[nn.Module, str]:
+    """A model whose greedy answer to SHORT has the token `end` in fifth place, and what it says.
+
+    `end` and what the random model says in fifth place change places in its output head.
+    """
+    model = never_ends(make())
+    [text] = t2.generate(model, TOKENIZER, [say(SHORT)], max_new_tokens=5)
+    tokens = TOKENIZER(text)["input_ids"]
+    assert len(set(tokens) - {end}) == 5
+    weight = model.lm_head.weight.data
+    weight[[end, tokens[4]]] = weight[[tokens[4], end]]
+    return model, TOKENIZER.decode(tokens[:4])
+
+
+@pytest.mark.parametrize("of_model", [0, [0], [1, 0]])
+def test_the_models_end_tokens_end_an_answer_also_token_0(of_model):
+    model, text = answer_with_end(0)
+    model.generation_config.eos_token_id = of_model
+    assert t2.generate(model, TOKENIZER, [say(SHORT)], max_new_tokens=20) == [text]
+
+
+def test_the_tokenizers_end_token_ends_an_answer_if_the_model_has_none():
+    model, text = answer_with_end(TOKENIZER.eos_token_id)
+    model.generation_config.eos_token_id = None
+    assert t2.generate(model, TOKENIZER, [say(SHORT)], max_new_tokens=20) == [text]
+
+
+def test_without_any_end_token_answers_have_full_length():
+    model, text = answer_with_end(TOKENIZER.eos_token_id)
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.eos_token = None
+    model.generation_config.eos_token_id = None
+    [answer] = t2.generate(model, tokenizer, [say(SHORT)], max_new_tokens=20)
+    assert answer.startswith(text)
+    assert len(answer) > len(text)
+
+
+def test_rows_that_end_early_do_not_change_the_others():
+    model = never_ends(make(seed=2))
+    conversations = [say(f"What is {i} plus 2?") for i in range(10)]
+    endless = t2.generate(model, TOKENIZER, conversations, max_new_tokens=30)
+    end = TOKENIZER("A")["input_ids"][0]
+    model.generation_config.eos_token_id = end
+    expected = []
+    for answer in endless:
+        before, found, _ = answer.partition("A")
+        expected.append(before + found)
+    assert len({len(answer) for answer in expected}) > 3
+    assert t2.generate(model, TOKENIZER, conversations, max_new_tokens=30) == expected
+
+
+def test_an_answer_ends_where_the_context_of_its_own_prompt_ends():
+    """Each token of a prompt leaves one token less for its own answer, and none less for others."""
+    model = never_ends(make())
+    texts = ["A" * 40, "A" * 100, "A" * 140]
+    answers = t2.generate(model, TOKENIZER, [say(text) for text in texts], max_new_tokens=50)
+    for text, answer in zip(texts, answers):
+        room = min(50, CONTEXT - len(prompt_ids(text)))
+        assert answer == plain_answer(model, prompt_ids(text), max_new_tokens=room)
+        assert [answer] == t2.generate(model, TOKENIZER, [say(text)], max_new_tokens=50)
+    assert len(TOKENIZER(answers[2])["input_ids"]) < 20
+
+
+def test_a_prompt_longer_than_the_context_is_refused():
+    with pytest.raises(t2.Transformer2Error, match=f"context ends at {CONTEXT}"):
+        t2.generate(make(), TOKENIZER, [say(SHORT), say("A" * CONTEXT)])
+
+
+def test_a_picture_is_refused_by_a_model_that_reads_only_text():
+    picture = [{"role": "user", "content": [{"type": "image", "image": None}]}]
+    with pytest.raises(t2.Transformer2Error, match="reads only text"):
+        t2.generate(make(), TOKENIZER, [picture])
+
+
+def test_no_prompts_have_no_answers():
+    assert t2.generate(make(), TOKENIZER, []) == []
+
+
+def test_no_chat_template_is_noted_and_replaced(capsys):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = None
+    conversations = [say(SHORT), say(LONG)]
+    texts = t2.generate(make(), tokenizer, conversations, max_new_tokens=3, prefill="The")
+    assert len(texts) == 2
+    assert capsys.readouterr().err.count("no chat template") == 1
+
+
+def test_plain_strings_need_no_chat_template(capsys):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = None
+    t2.generate(make(), tokenizer, [SHORT, LONG], max_new_tokens=3)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_tokenizer_without_pad_token_pads_all_the_same():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.pad_token = None
+    conversations, model = [say(SHORT), say(LONG)], never_ends(make())
+    expected = t2.generate(model, TOKENIZER, conversations, max_new_tokens=8)
+    assert t2.generate(model, tokenizer, conversations, max_new_tokens=8) == expected
+
+
+def test_a_prefill_is_the_given_start_of_the_answer():
+    model = never_ends(make())
+    tokens = TOKENIZER("The category")["input_ids"]
+    for prompt, prompt_tokens in (
+        (say(SHORT), prompt_ids(SHORT)),
+        (SHORT, TOKENIZER(SHORT)["input_ids"]),
+    ):
+        how = dict(max_new_tokens=6, prefill="The category")
+        [answer] = t2.generate(model, TOKENIZER, [prompt], **how)
+        assert answer == plain_answer(model, [*prompt_tokens, *tokens], max_new_tokens=6)
+
+
+def test_a_plain_string_is_tokenised_as_it_is():
     model = make()
-    conversations = [say("Hello"), say("What is 1 plus 2?")]
-    prefill = "The category is"
-    for choices, counted, passes in (  # told apart at once, later, and later in two places: by how many tokens, passes
-            (["red", "green", "other"], [1, 1, 1], 1), (["4 5", "4 6", "7"], [4, 4, 2], 1),
-            (["4 5", "4 6", "7 8", "7"], [4, 4, 3, 3], 2)):
-        inputs = t2.encode(model, TOKENIZER, conversations, prefill)
-        with torch.no_grad(), mock.patch.object(t2, "token_policy", wraps=t2.token_policy) as seen:
-            scores = t2.choice_policy(model, TOKENIZER, inputs, prefill, choices)[0][:, 0]
-        assert seen.call_count == passes
-        assert torch.allclose(scores.exp().sum(1), torch.ones(2), atol=1e-5)
-        end = TOKENIZER.eos_token_id
-        ids = [TOKENIZER(f" {choice}")["input_ids"] + [end] for choice in choices]
-        for row, c in zip(scores, conversations):
-            prompt, alone = t2.encode(model, TOKENIZER, [c], prefill)["input_ids"][0].tolist(), []
-            for i, count in zip(ids, counted):
-                logp = logits(model, torch.tensor([prompt + i]))[0].log_softmax(-1)
-                alone.append(sum(logp[len(prompt) - 1 + t, i[t]] for t in range(count)))
-            assert torch.allclose(row, torch.stack(alone).log_softmax(0), atol=1e-4)
+    inputs = t2.encode(model, TOKENIZER, ["What is 1 plus", "Hello"])
+    long, [hello] = TOKENIZER("What is 1 plus")["input_ids"], TOKENIZER("Hello")["input_ids"]
+    padding = [0] * (len(long) - 1)
+    assert inputs["input_ids"].tolist() == [long, [*padding, hello]]
+    assert inputs["attention_mask"].tolist() == [[1] * len(long), [*padding, 1]]
 
-def test_two_pass_answers_with_the_chosen_expert():
+
+def test_a_task_of_plain_strings_is_evaluated():
+    model, task = make(), digit_task()
+    task.conversation = lambda problem: problem["question"]
+    problems = task.problems("test")
+    right = 0
+    for problem in problems:
+        token = logits(model, TOKENIZER(problem["question"])["input_ids"])[-1].argmax()
+        right += TOKENIZER.decode([token]).strip().isdigit()
+    assert t2.evaluate(model, TOKENIZER, task, problems) == pytest.approx(right / len(problems))
+
+
+# ---- Section 3.2: self-adaptation ----------------------------------------------------------------
+
+
+def test_classify_asks_for_the_category_and_takes_the_likeliest():
+    model = make()
+    conversations = [say(f"What is {a} plus {b}?") for a in range(4) for b in range(4)]
+    chosen = t2.classify(model, TOKENIZER, conversations, COLORS)
+    for conversation, category in zip(conversations, chosen):
+        [message] = t2.category_question(conversation, COLORS)
+        assert message["content"].endswith(conversation[0]["content"])
+        prompt = prompt_ids(message["content"]) + TOKENIZER(t2.CATEGORY_PREFILL)["input_ids"]
+        scores = []
+        for color in COLORS:
+            tokens = TOKENIZER(f" {color}")["input_ids"]
+            scores.append(plain_log_prob(model, prompt, tokens).item())
+        assert category == COLORS[np.argmax(scores)]
+
+
+def test_a_category_that_begins_another_is_scored_with_its_end():
+    """Without its end "red" would always be likelier than "red blue"."""
+    model, categories, end = make(seed=10), ["red", "red blue"], TOKENIZER.eos_token_id
+    conversations = [say(f"What is {a} plus {b}?") for a in range(3) for b in range(3)]
+    chosen = t2.classify(model, TOKENIZER, conversations, categories)
+    assert set(chosen) == set(categories)
+    for conversation, category in zip(conversations, chosen):
+        [message] = t2.category_question(conversation, categories)
+        prompt = prompt_ids(message["content"]) + TOKENIZER(t2.CATEGORY_PREFILL)["input_ids"]
+        scores = []
+        for text in categories:
+            tokens = TOKENIZER(f" {text}")["input_ids"] + [end]
+            scores.append(plain_log_prob(model, prompt, tokens).item())
+        assert category == categories[np.argmax(scores)]
+
+
+def test_two_pass_answers_every_prompt_with_the_expert_of_its_category():
     model = t2.apply_svf(make(), "all")
     experts = {"red": random_expert(model, 1), "green": None, "blue": random_expert(model, 2)}
-    conversations = [say(f"What is {a} plus {b}?") for a in (1, 2) for b in (1, 2, 0)]
-    classifier = random_expert(model, 3, size=2.0)
-    answers = t2.two_pass(model, TOKENIZER, conversations, experts, classifier=classifier, max_new_tokens=6)
+    classifier = random_expert(model, 3, size=1.0)
+    conversations = [say(f"What is {a} plus {b}?") for a in range(4) for b in range(3)]
+    answers = t2.two_pass(
+        model, TOKENIZER, conversations, experts, classifier=classifier, max_new_tokens=6
+    )
     chosen = t2.classify(model, TOKENIZER, conversations, [*experts, "other"], expert=classifier)
-    assert [c for c, _ in answers] == chosen
-    for conversation, (category, text) in zip(conversations, answers):
+    assert [category for category, _ in answers] == chosen
+    assert len(set(chosen)) > 1
+    for conversation, (category, answer) in zip(conversations, answers):
         expert = experts.get(category)
-        assert [text] == t2.generate(model, TOKENIZER, [conversation], expert=expert, max_new_tokens=6)
+        alone = t2.generate(model, TOKENIZER, [conversation], expert=expert, max_new_tokens=6)
+        assert [answer] == alone
+
+
+def test_two_pass_answers_plain_strings():
+    """Pass 1 asks in a chat, pass 2 continues the text as it is."""
+    model = make_svf()
+    experts = {"red": random_expert(model, 1), "green": random_expert(model, 2)}
+    texts = ["What is 1 plus", "Hello"]
+    answers = t2.two_pass(model, TOKENIZER, texts, experts, max_new_tokens=4)
+    for text, (category, answer) in zip(texts, answers):
+        expert = experts.get(category)
+        alone = t2.generate(model, TOKENIZER, [text], expert=expert, max_new_tokens=4)
+        assert [answer] == alone
+
+
+def test_a_mixture_is_one_plus_the_weighted_differences_from_one():
+    model = make_svf()
+    a, b = random_expert(model, 1), random_expert(model, 2)
+    mixture = t2.mix([a, b], torch.tensor([[0.7], [-0.4]]))
+    for name, z in mixture.items():
+        assert torch.allclose(z, 1 + 0.7 * (a[name] - 1) - 0.4 * (b[name] - 1))
+
+
+def test_a_mixture_of_one_expert_is_that_expert_and_of_none_the_base_model():
+    model = make_svf()
+    a, b = random_expert(model, 1), random_expert(model, 2)
+    for name, z in t2.mix([a, b], torch.tensor([[1.0], [0.0]])).items():
+        assert torch.allclose(z, a[name])
+    for z in t2.mix([a, b], torch.zeros(2, 1)).values():
+        assert torch.allclose(z, torch.ones_like(z))
+
+
+def test_a_mixture_may_weigh_every_block_differently():
+    model = make_svf()
+    a = random_expert(model)
+    for name, z in t2.mix([a], torch.tensor([[0.0, 2.0]])).items():
+        weight = 2.0 if "layers.1." in name else 0.0
+        assert torch.allclose(z, 1 + weight * (a[name] - 1))
+
+
+def test_experts_of_different_layers_can_be_mixed():
+    a, b = {"x": torch.full((3,), 2.0)}, {"y": torch.full((3,), 3.0)}
+    mixture = t2.mix([a, b], [[0.5], [0.5]])
+    assert torch.allclose(mixture["x"], torch.full((3,), 1.5))
+    assert torch.allclose(mixture["y"], torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 3)])
+def test_the_cross_entropy_method_finds_a_known_optimum(shape):
+    rng = np.random.default_rng(0)
+    best = rng.uniform(-1.5, 1.5, shape)
+
+    def score(candidates):
+        return [-((candidate - best) ** 2).sum() for candidate in candidates]
+
+    first = np.zeros((1, *shape))
+    found = t2.cross_entropy_method(score, first, population=32, iterations=30, seed=0)
+    assert np.allclose(found, best, atol=0.1)
+
+
+def test_the_cross_entropy_method_returns_the_best_candidate_that_it_saw():
+    seen = []
+
+    def score(candidates):
+        scores = [math.sin(1000 * float(np.sum(candidate))) for candidate in candidates]
+        seen.extend(zip(scores, candidates))
+        return scores
+
+    first = np.zeros((1, 2, 1))
+    found = t2.cross_entropy_method(score, first, population=8, iterations=5, seed=0)
+    assert np.array_equal(found, max(seen, key=lambda pair: pair[0])[1])
+
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_cem_finds_a_known_optimum(per_layer, monkeypatch):
-    model = t2.apply_svf(make())
+def test_few_shot_tries_the_base_model_and_every_single_expert_first(per_layer, monkeypatch):
+    model = make_svf()
+    experts = {name: random_expert(model, seed) for seed, name in enumerate("abc")}
+    rounds = []
+
+    def score_mixtures(model, processor, task, problems, experts, candidates):
+        rounds.append([np.asarray(candidate) for candidate in candidates])
+        return [(0.0, 0.0)] * len(candidates)
+
+    monkeypatch.setattr(t2, "score_mixtures", score_mixtures)
+    task = digit_task()
+    settings = dict(population=8, iterations=2, per_layer=per_layer)
+    t2.few_shot(model, TOKENIZER, task, task.problems("test"), experts, **settings)
+    columns = 2 if per_layer else 1
+    for alphas in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        expected = np.repeat(np.array(alphas)[:, None], columns, axis=1)
+        assert any(np.array_equal(candidate, expected) for candidate in rounds[0])
+    assert len(rounds) == 2
+    assert len(rounds[0]) == 8
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_few_shot_answers_its_examples_as_well_as_the_base_model_and_every_expert(family):
+    model, task = make_svf(family), digit_task()
+    useful = t2.reinforce(model, TOKENIZER, task, **TRAINING)
+    experts = {"useless": random_expert(model, 1, 0.1), "useful": useful}
+    problems = task.problems("test")
+    settings = dict(population=6, iterations=2)
+    mixture, alphas = t2.few_shot(model, TOKENIZER, task, problems, experts, **settings)
+    assert alphas.shape == (2, 1)
+    for name, z in t2.mix(list(experts.values()), alphas).items():
+        assert torch.allclose(mixture[name], z)
+    accuracies = {}
+    for name, expert in {"base": None, **experts, "mixture": mixture}.items():
+        accuracies[name] = t2.evaluate(model, TOKENIZER, task, problems, expert=expert)
+    assert accuracies["mixture"] == max(accuracies.values())
+    assert accuracies["mixture"] > accuracies["base"] + 0.3
+
+
+@pytest.mark.parametrize("make_task", [choice_task, digit_task])
+def test_candidates_score_in_one_batch_what_they_score_alone(make_task):
+    model, task = make_svf("opt"), make_task()
+    experts = [random_expert(model, 1, 1.0), random_expert(model, 2, 1.0)]
+    problems = task.problems("test")[:7]
+    candidates = [np.array(alphas)[:, None] for alphas in ([0, 0], [1, 0], [0.5, -1], [0.3, 2])]
+    scores = t2.score_mixtures(model, TOKENIZER, task, problems, experts, candidates)
+    for alphas, (accuracy, log_prob) in zip(candidates, scores):
+        mixture = t2.mix(experts, alphas)
+        alone = t2.evaluate(model, TOKENIZER, task, problems, expert=mixture)
+        assert accuracy == pytest.approx(alone)
+        total = 0.0
+        with torch.no_grad(), t2.use_expert(model, mixture):
+            for problem in problems:
+                prompt = prompt_ids(problem["question"])
+                answer = problem["answer"]
+                if task.prefill:
+                    prompt, answer = prompt + TOKENIZER(task.prefill)["input_ids"], f" {answer}"
+                total += plain_log_prob(model, prompt, TOKENIZER(answer)["input_ids"]).item()
+        assert log_prob == pytest.approx(total / len(problems), abs=1e-3)
+
+
+def test_few_shot_decides_between_equals_by_the_likelihood_of_the_right_answers():
+    """No candidate answers right here, so likelihood alone decides."""
+    model, task = make_svf(), toy(lambda text, problem: -1.0, max_new_tokens=1)
+    problems = task.problems("test")[:5]
+    experts = {"a": random_expert(model, 1, 0.3), "b": random_expert(model, 2, 0.3)}
+    settings = dict(population=8, iterations=4)
+    _, alphas = t2.few_shot(model, TOKENIZER, task, problems, experts, **settings)
+    candidates = [np.zeros((2, 1)), np.eye(2)[:, :1], np.eye(2)[:, 1:], alphas.numpy()]
+    scores = t2.score_mixtures(model, TOKENIZER, task, problems, list(experts.values()), candidates)
+    assert [accuracy for accuracy, _ in scores] == [0.0] * 4
+    assert max(scores) == scores[3]
+    assert scores[3][1] > scores[0][1] + 0.1
+
+
+def test_few_shot_gives_the_same_for_the_same_seed():
+    model, task = make_svf(), digit_task()
     experts = {"a": random_expert(model, 1), "b": random_expert(model, 2)}
-    best = torch.tensor([[1.3, 0.2], [-0.6, 0.5]])[:, : 2 if per_layer else 1]
-    target = t2.mix(list(experts.values()), best)
-    far = lambda e: sum(((e[k] - target[k]) ** 2).sum().item() for k in target)
-    monkeypatch.setattr(t2, "rollout", lambda *a, expert, **k: [([], "", 1.0 if far(e) < 9 else -1.0) for e in expert])
-    monkeypatch.setattr(t2, "solution_likelihood", lambda *args: np.array([-far(e) for e in args[-1]]))
-    z, alphas = t2.few_shot(model, TOKENIZER, toy(None), [{"answer": ""}], experts, iterations=30, per_layer=per_layer)
-    assert torch.allclose(alphas, best, atol=0.1)
-    assert all(torch.allclose(z[k], t2.mix(list(experts.values()), alphas)[k]) for k in z)
+    alphas = []
+    for seed in (1, 1, 2):
+        settings = dict(population=5, iterations=2, seed=seed)
+        _, found = t2.few_shot(
+            model, TOKENIZER, task, task.problems("test")[:3], experts, **settings
+        )
+        alphas.append(found)
+    assert torch.equal(alphas[0], alphas[1])
+    assert not torch.equal(alphas[0], alphas[2])
 
-def test_mix_of_one_expert_is_that_expert():
-    model = t2.apply_svf(make())
-    a, b = random_expert(model, 1), random_expert(model, 2)
-    z = t2.mix([a, b], torch.tensor([[1.0], [0.0]]))
-    assert all(torch.allclose(z[k], a[k]) for k in a)
-    with t2.use_expert(model, t2.mix([a, b], torch.zeros(2, 1))):
-        assert relative(logits(model), logits(make())) < 1e-4
 
-# --- prompts, tasks, command lines
+# ---- The module as a whole -----------------------------------------------------------------------
 
-def test_no_chat_template_and_no_pad_token(capsys):
-    tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.chat_template = tokenizer.pad_token = None
-    texts = t2.generate(make(), tokenizer, [say("Hello"), say("What is 1 plus 2?")], max_new_tokens=3, prefill="The")
-    assert len(texts) == 2 and "no chat template" in capsys.readouterr().err
 
-def test_end_tokens():
-    model, tokenizer = make(), copy.deepcopy(TOKENIZER)
-    for models, tokenizers, end in (([3, 0], "<end>", [3, 0]), (None, "<pad>", [0]), (None, None, None)):
-        model.generation_config.eos_token_id, tokenizer.eos_token = models, tokenizers
-        with mock.patch.object(model, "generate", wraps=model.generate) as asked:
-            assert len(t2.generate(model, tokenizer, [say("Hello")], max_new_tokens=3)) == 1
-        assert asked.call_args.kwargs["eos_token_id"] == end
+@pytest.fixture(scope="module")
+def readme_example(tmp_path_factory) -> subprocess.CompletedProcess:
+    """README's ten lines, run in a folder with nothing but transformer2.py and a model."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "transformer2.py").write_text((HERE / "transformer2.py").read_text())
+    make().save_pretrained(folder / "model")
+    TOKENIZER.save_pretrained(folder / "model")
 
-def test_prompts_that_cannot_be_answered():
-    model = make()
-    with pytest.raises(t2.Transformer2Error, match="context ends at 64"):
-        t2.generate(model, TOKENIZER, [say("A" * 80)])
-    with pytest.raises(t2.Transformer2Error, match="reads only text"):
-        t2.generate(model, TOKENIZER, [[{"role": "user", "content": [{"type": "image", "image": None}]}]])
-    assert t2.generate(model, TOKENIZER, []) == []
-    assert len(TOKENIZER(t2.generate(model, TOKENIZER, [say("A" * 50)], max_new_tokens=99)[0])["input_ids"]) <= 12
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    [code] = [block for block in blocks if "two_pass(" in block]
+    code, replaced = re.subn(r'name = "[^"]+"', 'name = "model"', code)
+    assert replaced == 1
+    code = re.sub(r"steps=\d+", "steps=2", code)
+    code = re.sub(r"batch_size=\d+", "batch_size=8", code)
+    (folder / "example.py").write_text(code)
+    return subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": "", "PYTHONWARNINGS": "always::FutureWarning"},
+        capture_output=True,
+        text=True,
+    )
 
-def test_sampling_ignores_the_models_own_generation_settings():
-    model = make()
-    plain = t2.generate(model, TOKENIZER, [say("Hello")], max_new_tokens=12)
-    model.generation_config.repetition_penalty, model.generation_config.top_k = 5.0, 1
-    assert t2.generate(model, TOKENIZER, [say("Hello")], max_new_tokens=12) == plain
-    torch.manual_seed(0)
-    assert len(set(t2.generate(model, TOKENIZER, [say("Hello")] * 20, max_new_tokens=5, temperature=2.0))) > 5
 
-def test_one_file_is_enough(tmp_path):
-    (tmp_path / "transformer2.py").write_text(Path(t2.__file__).read_text())
-    code = "import transformer2, sys; assert not {'train_expert', 'datasets'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+def test_one_file_is_enough_for_readmes_ten_lines(readme_example):
+    assert readme_example.returncode == 0, readme_example.stderr[-3000:]
+    *_, accuracy, answers = readme_example.stdout.splitlines()
+    assert 0 <= float(accuracy) <= 1
+    assert re.match(r"\[\('\w+', '", answers)
 
-def test_llama_3_8b_trains_on_a_24_gb_card():
-    dense, factored, step = counted_memory(SHAPES["Llama-3-8B"])
-    assert (dense, factored) == pytest.approx((14.96, 17.96), abs=0.01) and step < 23
 
-# --- the benchmark: python test_transformer2.py [--model DIR] [--json FILE]
+def test_readmes_ten_lines_print_no_warnings(readme_example):
+    assert "warn" not in readme_example.stderr.lower()
+    assert "deprecat" not in readme_example.stderr.lower()
 
-class Peak(TorchDispatchMode):
-    """The most bytes of tensors alive at a time inside; fake tensors, which are only shapes, count like real ones."""
-    def __init__(self, *models):
-        super().__init__()
-        self.alive, self.now, self.most = set(), 0, 0
-        self.count([t for model in models for t in (*model.parameters(), *model.buffers())])
 
-    def count(self, made):
-        for storage in (t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
-            if (key := storage._cdata) not in self.alive:
-                self.change(self.alive.add, key, storage.nbytes())
-                weakref.finalize(storage, self.change, self.alive.discard, key, -storage.nbytes())
-
-    def change(self, note, key, size):
-        note(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count(made := function(*args, **kwargs or {}))
-        return made
-
-def our_step(model, inputs, completions, rewards, micro=16, **hyper):
-    """accumulate_gradient on given tokens; 16 rows of 128 tokens are its micro-batch by default."""
-    groups = [list(range(i, min(i + micro, len(rewards)))) for i in range(0, len(rewards), micro)]
-    parts = [(rows, {key: value[rows] for key, value in inputs.items()}) for rows in groups]
-    answers = [(c, "", r) for c, r in zip(completions, rewards)]
-    with mock.patch.object(t2, "batches", lambda *_: parts):
-        problems = [{"question": ""}] * len(answers)
-        t2.accumulate_gradient(model, None, toy(None), problems, answers, t2.Hyperparameters(**hyper))
-
-def textbook_step(model, inputs, completions, rewards, micro=16, pairs=(), lean=False):
-    """The same by autograd through whole rows with all their logits. pairs: (dense layer, SVFLinear) of the composed
-    form as in the released code: W' = U diag(s z) Vᵀ goes into the dense model, and is made once more to pull its
-    gradient back to z. lean: the shortest arithmetic for that."""
-    compose = lambda layer: layer.U @ torch.diag(layer.s * layer.z) @ layer.Vh
-    for linear, layer in pairs:
-        linear.weight = nn.Parameter((layer.weight if lean else compose(layer)).detach())
-    ids, T = torch.cat([inputs["input_ids"], torch.tensor(completions, device=model.device)], 1), len(completions[0])
-    advantages = torch.tensor(rewards, device=model.device) - np.mean(rewards)
-    for i in range(0, len(ids), micro):
-        logp = F.log_softmax(model(input_ids=ids[i : i + micro]).logits[:, -T - 1 : -1].float(), -1)
-        taken = logp.gather(-1, ids[i : i + micro, -T:, None]).sum((1, 2))
-        (-(taken * advantages[i : i + micro]).sum() / len(ids)).backward()
-    for linear, layer in pairs:
-        if lean:
-            layer.z.grad = ((layer.U.T @ linear.weight.grad) * layer.Vh).sum(1) * layer.s
-        else:
-            compose(layer).backward(linear.weight.grad)
-
-def llama(vocabulary, width, inner, layers, heads, groups, tied=True):
-    return LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-                       num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=tied)
-
-SHAPES = {"Qwen2.5-0.5B": llama(151936, 896, 4864, 24, 14, 2), "Qwen2.5-1.5B": llama(151936, 1536, 8960, 28, 12, 2),
-          "Qwen2.5-3B": llama(151936, 2048, 11008, 36, 16, 2),
-          "Llama-3-8B": llama(128256, 4096, 14336, 32, 32, 8, False)}
-
-def counted_memory(config):
-    """GiB of dense and of factored weights, and at the peak of a step on one row of 1,024 tokens, with the KL and
-    checkpointing, in bfloat16: the step itself runs, on fake tensors."""
-    with FakeTensorMode(), contextlib.suppress(DataDependentOutputException):  # of the means that it returns
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        half = torch.ones(1, 512, dtype=torch.long)
-        sizes = [Peak(model).now, Peak(t2.apply_svf(model, checkpointing=True)).now]
-        with Peak(model) as peak:
-            our_step(model, {"input_ids": half, "attention_mask": half}, [[5] * 512], [1.0], kl_coef=0.1)
-    return [size / 2**30 for size in (*sizes, peak.most)]
-
-TESTS = "f = remote('f')\nassert f(2) == 4\nassert f(-3) == 9\nassert f(0.5) == 0.25"  # as MBPP's are
-
-def benchmark():
-    parser = argparse.ArgumentParser(description="Speed and memory, each as a ratio to something real in the same run.")
-    parser.add_argument("--model", default="tiny", help="as for train_expert.py")
-    parser.add_argument("--json", help="also write the table to this file")
-    parser.add_argument("--repeats", type=int, default=3, help="each figure is the median of so many")
-    args, table = parser.parse_args(), []
-    cuda = torch.cuda.is_available()
-
-    def rows(title, unit, values):  # ratios are to the first
-        for name, value in values.items():
-            ratio = value / [*values.values()][0]
-            table.append({"what": f"{title}: {name}", "unit": unit, "value": value, "ratio": ratio})
-            print(f"{ratio:8.2f} x {value:12.3f} {unit:9} {title}: {name}", flush=True)
-
-    def seconds(ways, repeats=args.repeats):  # in turns, so that a slow moment of the machine meets them all
-        times = np.zeros((repeats + 1, len(ways)))
-        for i, j in np.ndindex(*times.shape):
-            start = time.time()
-            [*ways.values()][j]()
-            torch.cuda.synchronize() if cuda else None
-            times[i, j] = time.time() - start
-        return dict(zip(ways, np.median(times[1:], 0).tolist()))  # the first round warms up
-
-    def memory(way, *models):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        with Peak(*models) as peak:
-            way()
-        return (torch.cuda.max_memory_allocated() if cuda else peak.most) / 2**30
-
-    dense, processor = train_expert.load_model(args.model)
-    machine = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.model} on {machine}, medians of {args.repeats}")
-    weights = [m.weight for name, m in dense.named_modules()
-               if re.search(t2.TARGETS["mlp"], name) and hasattr(m, "weight")]
-    with tempfile.TemporaryDirectory() as cache:
-        rows("decompose the MLPs", "s", seconds({
-            "torch.linalg.svd": lambda: [torch.linalg.svd(W.float(), full_matrices=False) for W in weights],
-            "apply_svf": lambda: t2.apply_svf(copy.deepcopy(dense)),
-            "apply_svf, cached": lambda: t2.apply_svf(copy.deepcopy(dense), "mlp", cache)}))
-
-    torch.manual_seed(0)
-    model, composed = t2.apply_svf(copy.deepcopy(dense)), copy.deepcopy(dense).requires_grad_(False)
-    saving = t2.apply_svf(copy.deepcopy(dense), checkpointing=True)
-    pairs = [(composed.get_submodule(name), layer) for name, layer in t2.svf_layers(model).items()]
-    ids = torch.randint(min(1000, dense.config.vocab_size), (64, 128), device=dense.device)
-    def step(way, model, count=8, **more):
-        inputs = {"input_ids": ids[:count, :64], "attention_mask": torch.ones_like(ids[:count, :64])}
-        return lambda: way(model, inputs, ids[:count, 64:].tolist(), [(-1.0) ** i for i in range(count)], **more)
-    ways = {"composed form": step(textbook_step, composed, pairs=pairs), "ours": step(our_step, model),
-            "ours, checkpointing": step(our_step, saving), "ours, with the KL": step(our_step, model, kl_coef=0.1),
-            "composed form, one row at a time": step(textbook_step, composed, pairs=pairs, micro=1),
-            "composed form, lean": step(textbook_step, composed, pairs=pairs, lean=True),
-            "ours, one row at a time": step(our_step, model, micro=1)}
-    models = [(composed, model), (model,), (saving,), (model,), (composed, model), (composed, model), (model,)]
-    try:
-        from peft import LoraConfig, get_peft_model
-        config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
-        models.append((get_peft_model(copy.deepcopy(dense), config),))
-        ways["PEFT LoRA, rank 16 on q and v"] = step(textbook_step, *models[-1])
-    except ImportError:
-        print("no PEFT LoRA to compare with: pip install peft")
-    rows("training step, 8 rows of 128 tokens", "s", seconds(ways))
-    rows("its peak memory", "GiB", {name: memory(way, *used) for (name, way), used in zip(ways.items(), models)})
-    rows("training step, 64 rows", "s", seconds({"composed form": step(textbook_step, composed, 64, pairs=pairs),
-                                                 "ours": step(our_step, model, 64)}, 1))
-
-    for m in (dense, model):
-        m.generation_config.eos_token_id = 1 << 40  # every answer has its full length
-    asked = [say(f"What is {i} plus {i + 1}?") for i in range(24)]
-    experts = [random_expert(model, i, 0.05) for i in range(3)]
-    with t2.use_expert(model, experts[0]):
-        folded = t2.merge_svf(copy.deepcopy(model))
-    answer = lambda expert, m=model, **how: lambda: t2.generate(m, processor, asked, expert=expert, **how)
-    plain = dict(max_new_tokens=100, do_sample=False, pad_token_id=0)
-    times = seconds({"plain transformers": lambda: dense.generate(**t2.encode(dense, processor, asked), **plain),
-                     "one expert, folded": answer(None, folded, max_new_tokens=100),
-                     "one expert": answer(experts[0], max_new_tokens=100),
-                     "three experts and none, mixed": answer([*experts, None] * 6, max_new_tokens=100)})
-    rows("generate 24 x 100 tokens", "tokens/s", {name: 2400 / t for name, t in times.items()})
-    passes = {"pass 2, 150-token answers": answer([*experts, None] * 6, max_new_tokens=150),
-              "pass 1": lambda: t2.classify(model, processor, asked, ["reasoning", "math", "code", "other"])}
-    rows("two passes over 24 prompts", "s", seconds(passes))
-    seen = []
-    with mock.patch.object(model.base_model, "forward", lambda *a, run=model.base_model.forward, **k: seen.append(
-            k["input_ids"].numel()) or run(*a, **k)):
-        counts = {name: (seen.clear(), way(), sum(seen))[-1] for name, way in passes.items()}
-    rows("token-forwards", "", counts)
-
-    task, found = toy(lambda text, p: float(len(text) % 3 == 0), max_new_tokens=8), []
-    population = 32 if args.model == "tiny" else 16
-    def search():
-        found.append(t2.few_shot(model, processor, task, task.problems("train")[:10], dict(enumerate(experts)),
-                                 population=population, iterations=2)[1])
-    def one_by_one(way, join):
-        return lambda m, p, t, many, *rows, **how: join([
-            way(m, p, t, many[i : i + 10], *[r[i] for r in rows], **{key: r[i] for key, r in how.items()})
-            for i in range(0, len(many), 10)])
-    def slow_search():
-        with mock.patch.object(t2, "rollout", one_by_one(t2.rollout, lambda parts: sum(parts, []))), \
-             mock.patch.object(t2, "solution_likelihood", one_by_one(t2.solution_likelihood, np.concatenate)):
-            search()
-    rows(f"cross-entropy search, 2 x {population} candidates", "s",
-         seconds({"one at a time": slow_search, "in batches": search}))
-    assert all(torch.allclose(alphas, found[0]) for alphas in found), "both ways must find the same"
-    if os.environ.get("HF_ALLOW_CODE_EVAL") == "1":
-        with ThreadPoolExecutor(16) as pool:
-            tried = lambda: list(pool.map(rewards.run_tests, ["def f(x):\n    return x * x"] * 64, [TESTS] * 64))
-            rows("64 programs in the sandbox, 16 at once", "s", seconds({"tests passed": tried}))
-    for name, config in SHAPES.items():
-        counts = dict(zip(("dense", "factored", "training step"), counted_memory(config)))
-        rows(f"GiB of {name}, counted", "GiB", counts)
-    if args.json:
-        Path(args.json).write_text(json.dumps(table, indent=1))
-
-if __name__ == "__main__":
-    benchmark()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba2"])
+def test_transformers_warns_of_nothing_that_will_change(family):
+    model = make_svf(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        t2.generate(model, TOKENIZER, [say(SHORT), say(LONG)], max_new_tokens=4, temperature=1.0)
+        for task in (choice_task(), digit_task()):
+            for checkpointing in (False, True):
+                hyper = dict(steps=1, batch_size=4, kl_coef=0.1, checkpointing=checkpointing)
+                t2.reinforce(model, TOKENIZER, task, validation_problems=4, **hyper)

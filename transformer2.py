@@ -56,8 +56,8 @@ class Transformer2Error(ValueError):
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits W (m, n) into U (m, r), s (r,) and Vh (r, n) with W = U diag(s) Vh; r = min(m, n).
 
-    s descends, in float32; U and Vh have the weight's dtype. W = (W V) Vᵀ for any orthogonal V.
-    With the eigenvectors of WᵀW, the columns of W V are orthogonal too: they are U times s.
+    s descends, in float32; U and Vh have the weight's dtype. The eigenvectors of WᵀW are V, and the
+    columns of W V are those of U times s. So U diag(s) Vh = W V Vᵀ is W exactly, up to rounding.
     """
     # 1) Transpose a wide W, so that WᵀW is (r, r). Its eigenvalues are s², which costs half of the
     #    digits, hence float64.
@@ -80,7 +80,7 @@ def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 class SVFLinear(nn.Module):
     """y = U diag(s * z) Vᵀ x + b, in the place of a linear layer. z (r,) is all that trains.
 
-    W' is never built, so autograd reaches z without a dense gradient. x: (B, ..., in_features).
+    forward never builds W', so no dense gradient exists either. x: (B, ..., in_features).
     """
 
     def __init__(self, linear: nn.Linear | Conv1D, cache_dir: str | Path | None = None):
@@ -92,11 +92,11 @@ class SVFLinear(nn.Module):
         self.register_buffer("U", U)  # (out, r)
         self.register_buffer("s", s)  # (r,), in float32 whatever the model's dtype
         self.register_buffer("Vh", Vh)  # (r, in)
-        self.z = nn.Parameter(torch.ones_like(s))  # the base model
+        self.z = nn.Parameter(torch.ones_like(s))  # z = 1 is the base model
         self.active_z: torch.Tensor | None = None  # set by use_expert: (r,), or (B, r), one per row
         self.bias = linear.bias
-        # merge_svf puts the layer back. Until then it has no weight; the list hides it from torch,
-        # which would register it as a submodule.
+        # The layer is kept for merge_svf: in a list, so that torch does not register it as a
+        # submodule, and without its weight, which is no longer needed.
         linear.weight = None
         self.dense_layer = [linear]
 
@@ -158,7 +158,7 @@ def merge_svf(model: Model) -> Model:
 
 
 def get_expert(model: Model) -> Expert:
-    """A copy of the z's in use."""
+    """A copy of the z's in use: inside `with use_expert` those, otherwise the model's own."""
     layers = svf_layers(model)
     return {name: layer.current_z().detach().clone() for name, layer in layers.items()}
 
@@ -178,10 +178,11 @@ def use_expert(model: Model, expert: ExpertOrRows) -> contextlib.AbstractContext
 #
 # Eq. 1 is     J(z) = E[ log π_W'(ŷ|x) r(ŷ, y) ] - λ KL( π_W' ‖ π_W ),   ŷ drawn from π_W'( · | x).
 #
-# The reward r is a number to REINFORCE, no gradient flows through it. The gradient of the KL is an
-# expectation over the same answers, so that
+# REINFORCE takes the reward r as a number: no gradient flows through it. The gradient of the KL is
+# an expectation over the same answers (its other term, E[∇ log π_W'], is 0), so that
 #     ∇J = E[ ∇ log π_W'(ŷ|x) · ( r(ŷ, y) - λ log( π_W'(ŷ|x) / π_W(ŷ|x) ) ) ].
-# One sampled answer to each problem estimates it. It raises the expected reward.
+# This is also the gradient of E[r] - λ KL. One sampled answer to each problem estimates it: see
+# reinforce_loss below.
 
 
 @dataclass
@@ -232,7 +233,7 @@ class StepStats:
 
     step: int = 0
     reward: float = 0.0
-    kl: float = 0.0  # of π_W' from π_W; 0 at λ = 0, where it is not computed
+    kl: float = 0.0  # KL(π_W' ‖ π_W); 0 at λ = 0, where it is not computed
     grad_norm: float = 0.0  # before clipping
     mean_length: float = 0.0  # tokens of an answer
     seconds: float = 0.0
@@ -259,7 +260,7 @@ def reinforce(
     """
     hp = Hyperparameters(**hyperparameters)
     check_seed(hp.seed)
-    model.eval()  # dropout would make another policy of it
+    model.eval()  # dropout would change the policy
     train_problems = task.problems("train")
     held_out_problems = task.problems("validation")[: hp.validation_problems]
     progress = Progress(model, task, hp)
@@ -306,7 +307,7 @@ def update(
     start_time = time.time()
     # 1) add the gradient of -J to z.grad
     if task.choices is None:
-        z = get_expert(model)
+        z = get_expert(model)  # None would be the base model
         seed = step_seed(hp, step)
         answers = rollout(model, processor, task, problems, z, temperature=1.0, seed=seed)
         stats = add_gradient(model, processor, task, problems, answers, hp)
@@ -336,11 +337,12 @@ def rollout(
     temperature: float,
     seed: int,
 ) -> list[Answer]:
-    """An answer to each problem, generated or the likeliest of its choices, and its reward."""
-    # The numbers of all problems, or this process's share of them if several train together.
-    numbers = my_share(range(len(problems)))
-    problems = [problems[number] for number in numbers]
-    expert = select_experts(expert, numbers)
+    """An answer to each problem with its reward. For a task with choices, the likeliest of them."""
+    # All problems, or this process's share of them if several train together. Their numbers also
+    # seed the answers, so that the split over processes changes nothing.
+    problem_numbers = my_share(range(len(problems)))
+    problems = my_share(problems)
+    expert = select_experts(expert, problem_numbers)
     if task.choices is None:
         conversations = [task.conversation(problem) for problem in problems]
         completions = generate_tokens(
@@ -348,7 +350,7 @@ def rollout(
             processor,
             conversations,
             expert,
-            numbers,
+            problem_numbers,
             max_new_tokens=task.max_new_tokens,
             temperature=temperature,
             prefill=task.prefill,
@@ -376,18 +378,18 @@ def add_gradient(
     lengths = [len(answer.tokens) for answer in my_answers]
     stats = StepStats(reward=sum(answer.reward for answer in my_answers) / len(answers))
     for rows, inputs in batches(
-        model, processor, conversations, task.prefill, lengths, hp.token_budget, with_logits=True
+        model, processor, conversations, task.prefill, lengths, hp.token_budget, completions=1
     ):
         completions = [my_answers[row].tokens for row in rows]
         with checkpointing(model, hp.checkpointing):
-            log_probs = completion_log_probs(model, inputs, completions)  # (b,) log π_W'(ŷ|x)
-        ref_log_probs = log_probs.detach()
-        if hp.kl_coef > 0:
-            with torch.no_grad(), reference_policy(model):
-                ref_log_probs = completion_log_probs(model, inputs, completions)  # log π_W(ŷ|x)
-        loss = reinforce_loss(log_probs, ref_log_probs, advantages[rows], hp.kl_coef)
-        fraction = len(rows) / len(answers)  # micro-batches add up to the mean over all problems
-        (fraction * loss).backward()
+            log_probs = completion_log_probs(model, inputs, completions)  # log π_W'(ŷ|x) of rows
+            ref_log_probs = log_probs.detach()  # without λ no penalty
+            if hp.kl_coef > 0:
+                with torch.no_grad(), reference_policy(model):
+                    ref_log_probs = completion_log_probs(model, inputs, completions)  # log π_W(ŷ|x)
+            loss = reinforce_loss(log_probs, ref_log_probs, advantages[rows], hp.kl_coef)
+            fraction = len(rows) / len(answers)  # micro-batches add up to the mean over problems
+            (fraction * loss).backward()
         stats.kl += fraction * (log_probs.detach() - ref_log_probs).mean().item()
     return stats
 
@@ -463,11 +465,17 @@ def classify(
     """
 
     def ask_category(problem: dict) -> list[dict]:
-        return category_question(problem["question"], categories)
+        return category_question(problem["conversation"], categories)
 
-    task = Task("classify", problems=None, conversation=ask_category, reward=None)
-    task = replace(task, choices=list(categories), prefill=CATEGORY_PREFILL)
-    problems = [{"question": conversation} for conversation in conversations]
+    task = Task(
+        name="classify",
+        problems=None,
+        conversation=ask_category,
+        reward=None,
+        prefill=CATEGORY_PREFILL,
+        choices=list(categories),
+    )
+    problems = [{"conversation": conversation} for conversation in conversations]
     return likeliest_choices(model, processor, task, problems, expert)
 
 
@@ -485,7 +493,9 @@ def two_pass(
     experts: category -> Expert, or None for the base model; "other" is added. classifier: z^c of
     strategy B. options: of generate. Batches mix the experts, one for each row.
     """
-    categories = list(dict.fromkeys([*experts, "other"]))
+    categories = [*experts]
+    if "other" not in categories:
+        categories.append("other")
     chosen = classify(model, processor, conversations, categories, expert=classifier)
     row_experts = [experts.get(category) for category in chosen]
     answers = generate(model, processor, conversations, expert=row_experts, **options)
@@ -506,8 +516,9 @@ def mix(experts: list[Expert], alphas: torch.Tensor | np.ndarray) -> Expert:
             block_number = re.search(r"\.(\d+)\.", name)  # 3 in model.layers.3.mlp.up_proj
             if block_number and len(expert_alphas) > 1:
                 block = int(block_number.group(1))
-            before = mixture.get(name, torch.ones_like(z, device="cpu"))
-            mixture[name] = before + expert_alphas[block] * (z.cpu() - 1)
+            z = z.cpu()
+            so_far = mixture.get(name, torch.ones_like(z))  # the sum starts at 1
+            mixture[name] = so_far + expert_alphas[block] * (z - 1)
     return mixture
 
 
@@ -526,8 +537,8 @@ def few_shot(
     """Strategy C: the mixture of experts that answers a few problems best, and its α.
 
     Accuracy decides, and at a tie the mean log-likelihood of the right answers. α is (K, 1), or
-    (K, blocks) with per_layer. It is not clipped. Raises Transformer2Error without problems or
-    experts.
+    (K, blocks) if per_layer: a weight for each transformer block. It is not clipped. Raises
+    Transformer2Error without problems or experts.
     """
     check_seed(seed)
     if not problems or not experts:
@@ -537,6 +548,7 @@ def few_shot(
     blocks = model.config.get_text_config().num_hidden_layers if per_layer else 1
     # The search starts with the base model (all α are 0) and every single expert.
     base_and_experts = np.vstack([np.zeros((1, K)), np.eye(K)])  # (K + 1, K)
+    # The same α in every block.
     first = np.repeat(base_and_experts[:, :, None], blocks, axis=2)  # (K + 1, K, blocks)
     score = partial(score_mixtures, model, processor, task, problems, expert_list)
     alphas = cross_entropy_method(score, first, population, iterations, seed)
@@ -556,12 +568,12 @@ def score_mixtures(
         all_experts += [mix(experts, alphas)] * len(problems)
     answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
     accuracies = np.array([max(0.0, answer.reward) for answer in answers])
-    # The right answer is scored as the only choice.
+    # In this task the right answer is the only choice: its score is the log-likelihood.
     solution_task = replace(task, choices=right_answer)
     scores = score_choices(model, processor, solution_task, all_problems, expert=all_experts)
-    likelihoods = np.array([log_probs.item() for log_probs in scores])
+    log_likelihoods = np.array([log_probs.item() for log_probs in scores])
     shape = (len(candidates), len(problems))
-    return list(zip(accuracies.reshape(shape).mean(1), likelihoods.reshape(shape).mean(1)))
+    return list(zip(accuracies.reshape(shape).mean(1), log_likelihoods.reshape(shape).mean(1)))
 
 
 def right_answer(problem: dict) -> list[str]:
@@ -587,7 +599,7 @@ def cross_entropy_method(
         candidates = list(first) if iteration == 0 else []
         while len(candidates) < population:
             candidates.append(mean + deviation * rng.standard_normal(shape))
-        # 2) score them; the best so far stays among them, with its score
+        # 2) score them (accuracy first); the best so far stays among them, with its score
         scores = score(candidates)
         if best is not None:
             candidates.append(best)
@@ -602,7 +614,7 @@ def cross_entropy_method(
     return best
 
 
-# ==== Plumbing: what makes the method work with any model and fast. None of it is in the paper. ===
+# ==== Plumbing: what makes the method work with any model, and fast ===============================
 
 # ---- Tasks with choices: so few answers that all can be scored, instead of one sampled -----------
 
@@ -619,21 +631,22 @@ def choice_log_probs(
     if not can_repeat_cache(model, inputs):
         return choice_log_probs_without_cache(model, inputs, choices)
     counts = [len(own_choices) for own_choices in choices]
-    prompt_of_choice = torch.arange(len(choices)).repeat_interleave(torch.tensor(counts))  # (N,)
+    # (N,): [0, 0, 0, 1, 1] for two prompts with 3 and 2 choices
+    prompt_of_choice = torch.arange(len(choices)).repeat_interleave(torch.tensor(counts))
     prompt_of_choice = prompt_of_choice.to(model.device)
     all_choices = [choice for own_choices in choices for choice in own_choices]
     tokens, mask = pad_right(all_choices, model.device)  # (N, T)
 
     # 1) Every prompt runs once. Its last position predicts the first token of all its choices.
-    prompts = run_model(model, inputs, logits_to_keep=1, use_cache=True)
-    first_logits = prompts.logits[prompt_of_choice, -1]  # (N, V)
+    prompt_output = run_model(model, inputs, logits_to_keep=1, use_cache=True)
+    first_logits = prompt_output.logits[prompt_of_choice, -1]  # (N, V)
     log_probs = token_log_probs(first_logits, tokens[:, 0]) * mask[:, 0]  # (N,)
 
     # 2) The other tokens of each choice run on a copy of its prompt's cache. Token t predicts token
     #    t + 1, so the last one need not run.
     if tokens.shape[1] > 1:
-        cache = prompts[cache_name(model)]
-        cache.batch_select_indices(prompt_of_choice)
+        cache = prompt_output[cache_name(model)]
+        cache.batch_select_indices(prompt_of_choice)  # in place: row i is a copy of its prompt's
         prompt_mask = inputs["attention_mask"][prompt_of_choice]  # (N, P)
         choice_inputs = {
             "input_ids": tokens[:, :-1],
@@ -659,7 +672,7 @@ def choice_log_probs_without_cache(model, inputs: dict, choices: list) -> list[t
 
 def can_repeat_cache(model, inputs: dict) -> bool:
     """True if choice_log_probs can run the choices on copies of the prompts' cache."""
-    # State-space and convolution layers keep a state that transformers cannot repeat.
+    # State-space layers (Mamba) and convolutions keep a state that transformers cannot repeat.
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
     repeatable = {"full_attention", "sliding_attention", "chunked_attention"}
     if getattr(without_peft(model), "_is_stateful", False) or not set(layer_types) <= repeatable:
@@ -667,17 +680,17 @@ def can_repeat_cache(model, inputs: dict) -> bool:
     # Layers under checkpointing run without a cache.
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return False
-    # N choices would meet the z's of B rows.
+    # If each of the B prompts has an expert of its own, so would the N choices need to.
     if any(layer.current_z().dim() > 1 for layer in svf_layers(model).values()):
         return False
     return not has_pictures(inputs)
 
 
 def choice_loss(log_probs: list, ref_log_probs: list, rewards: list, kl_coef: float) -> tuple:
-    """-J of eq. 1 for a policy that answers with a choice: exact, as its expectations are sums.
+    """λ KL minus the expected reward, exactly, for a policy that answers with one of the choices.
 
-    The lists have a tensor (C,) for each problem. π is renormalised over a problem's choices.
-    Returns the loss, the mean expected reward and the mean KL.
+    It has the gradient of -J (eq. 1). The lists have a tensor (C,) for each problem. π is
+    renormalised over a problem's choices. Returns the loss, the mean expected reward, the mean KL.
     """
     reward, kl = 0.0, 0.0
     for own_log_probs, own_ref_log_probs, own_rewards in zip(log_probs, ref_log_probs, rewards):
@@ -698,15 +711,15 @@ def add_choice_gradient(model, processor, task, problems, hp: Hyperparameters) -
     ):
         choices = [all_choices[row] for row in rows]
         rewards = [choice_rewards(model, task, my_problems[row]) for row in rows]
+        fraction = len(rows) / len(problems)
         with checkpointing(model, hp.checkpointing):
             log_probs = choice_log_probs(model, inputs, choices)
-        ref_log_probs = [own_log_probs.detach() for own_log_probs in log_probs]
-        if hp.kl_coef > 0:
-            with torch.no_grad(), reference_policy(model):
-                ref_log_probs = choice_log_probs(model, inputs, choices)
-        loss, reward, kl = choice_loss(log_probs, ref_log_probs, rewards, hp.kl_coef)
-        fraction = len(rows) / len(problems)
-        (fraction * loss).backward()
+            ref_log_probs = [own_log_probs.detach() for own_log_probs in log_probs]
+            if hp.kl_coef > 0:
+                with torch.no_grad(), reference_policy(model):
+                    ref_log_probs = choice_log_probs(model, inputs, choices)
+            loss, reward, kl = choice_loss(log_probs, ref_log_probs, rewards, hp.kl_coef)
+            (fraction * loss).backward()
         stats.reward += fraction * reward.item()
         stats.kl += fraction * kl.item()
     return stats
@@ -756,8 +769,9 @@ def choice_rewards(model, task: Task, problem: dict) -> torch.Tensor:
 def choice_tokens(processor, task: Task, problem: dict) -> list[list[int]]:
     """Token ids of the choices of a problem.
 
-    If one begins another ("math", "mathematics"), all get an end token. After a plain string none
-    gets one, as benchmarks score them. A prefill is followed by a space.
+    If one begins another ("math", "mathematics") all get an end token, or the shorter would always
+    be the likelier. After plain strings none gets one: benchmarks score them that way. A prefill
+    is followed by a space.
     """
     tokenizer = prepared_tokenizer(processor)
     prompt = task.conversation(problem)
@@ -790,14 +804,14 @@ def continuation(tokenizer, before: str, text: str) -> list[int]:
 def choice_batches(model, processor, task, problems, choices: list, budget: int) -> Iterator[tuple]:
     """Yields (row numbers, encoded prompts) for choice_log_probs.
 
-    A prompt counts once for itself and once for each of its choices, as its cache is repeated.
+    A prompt counts once for itself and once for each of its choices, as its cache is repeated, so
+    the budget is divided by the number of these copies.
     """
     conversations = [task.conversation(problem) for problem in problems]
     longest = [max(len(choice) for choice in own_choices) for own_choices in choices]
-    copies = 1 + max([len(own_choices) for own_choices in choices], default=0)
-    return batches(
-        model, processor, conversations, task.prefill, longest, budget // copies, with_logits=True
-    )
+    most = max([len(own_choices) for own_choices in choices], default=1)
+    budget = budget // (1 + most)
+    return batches(model, processor, conversations, task.prefill, longest, budget, completions=most)
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -843,7 +857,7 @@ def generate_tokens(
     processor,
     conversations: list[Conversation],
     expert: ExpertOrRows,
-    numbers: range,
+    problem_numbers: range,
     *,
     max_new_tokens: int,
     temperature: float,
@@ -852,7 +866,7 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Token ids of the answers, end token included. Parameters as for generate.
 
-    numbers: answer i is drawn from the random stream (seed, numbers[i]), whatever its batch.
+    Answer i is drawn from the random stream (seed, problem_numbers[i]), whatever its batch.
     """
     tokenizer = prepared_tokenizer(processor)
     ends = end_tokens(model, tokenizer)
@@ -870,12 +884,12 @@ def generate_tokens(
     ):
         samplers = []
         if temperature > 0:
-            row_seeds = [seed * 1_000_003 + numbers[row] for row in rows]
+            row_seeds = [seed * 1_000_003 + problem_numbers[row] for row in rows]
             samplers.append(RowSampler(model.device, row_seeds, temperature))
         # A prompt near the end of the context is alone in its batch, so this cuts no other answer.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
-        # generate() fills in what settings leave open from the model's own, so these are replaced.
+        # generate() fills the gaps of given settings from the model's own. So ours replace these.
         causal_lm = without_peft(model)
         with (
             use_expert(model, select_experts(expert, rows)),
@@ -911,7 +925,7 @@ class RowSampler(LogitsProcessor):
 
 
 def step_seed(hp: Hyperparameters, step: int) -> int:
-    """Another seed for each step. (The factor is a prime, as in generate_tokens.)"""
+    """A seed for each step. The factor only keeps the steps of different seeds apart."""
     return hp.seed * 100_003 + step
 
 
@@ -962,7 +976,7 @@ LOGIT_BUDGET = 2**28  # logits of a batch: 1 GiB in float32
 
 
 def category_question(conversation: Conversation, categories: list[str]) -> list[dict]:
-    """The conversation of pass 1: the last message, after the question for its category."""
+    """The conversation of pass 1: asks for the category, then repeats the last message."""
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
     *earlier, last = conversation
@@ -1072,46 +1086,51 @@ def batches(
     prefill: str,
     new_lengths: list[int],
     budget: int,
-    with_logits: bool = False,
+    completions: int = 0,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yields (row numbers, encoded prompts) of batches of at most `budget` tokens.
 
-    new_lengths: the tokens that follow each prompt. They count, and so does padding. with_logits:
-    the logits of a batch's new tokens are bounded as well.
+    new_lengths: the tokens that follow each prompt. They count, and so does padding. completions:
+    how many completions of each prompt have logits, which are bounded as well; 0 if none.
     """
     # Encode everything once to know the lengths; 256 prompts at a time, as pictures are large.
     lengths = []
     for start in range(0, len(conversations), 256):
         inputs = encode(model, processor, conversations[start : start + 256], prefill)
         lengths += inputs["attention_mask"].sum(1).tolist()
-    max_new_tokens = math.inf
-    if with_logits:
-        max_new_tokens = LOGIT_BUDGET // model.config.get_text_config().vocab_size
-    groups = group_rows(lengths, new_lengths, budget, max_new_tokens, context_length(model))
+    logit_tokens = math.inf  # how many new tokens of a batch may have logits
+    if completions > 0:
+        vocabulary = model.config.get_text_config().vocab_size
+        logit_tokens = LOGIT_BUDGET // (completions * vocabulary)
+    groups = group_rows(lengths, new_lengths, budget, logit_tokens, context_length(model))
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
         yield rows, encode(model, processor, [conversations[row] for row in rows], prefill)
 
 
 def group_rows(
-    lengths: list[int], new_lengths: list[int], budget: int, max_new_tokens: float, context: int
+    lengths: list[int], new_lengths: list[int], budget: int, logit_tokens: float, context: int
 ) -> list[list[int]]:
-    """Row numbers in groups of similar length. A row that may exceed the context stays alone."""
+    """Row numbers in groups of similar length, for batches.
+
+    A group is padded to its longest prompt and longest new text. It may have `budget` tokens in
+    all, and `logit_tokens` new ones. A row that may exceed the context stays alone, as its answer
+    has less room than others.
+    """
     totals = [length + new_length for length, new_length in zip(lengths, new_lengths)]
+    longest_first = sorted(range(len(totals)), key=lambda row: totals[row], reverse=True)
     groups = []
-    for row in sorted(range(len(totals)), key=lambda i: totals[i], reverse=True):
-        # Does the row fit into the last group?
-        rows = [*groups[-1], row] if groups else [row]
-        longest_prompt = max(lengths[i] for i in rows)
-        longest_new = max(new_lengths[i] for i in rows)
-        fits = (
-            len(rows) * (longest_prompt + longest_new) <= budget
-            and len(rows) * longest_new <= max_new_tokens
-            and totals[rows[0]] <= context
-        )
-        if groups and fits:
-            groups[-1].append(row)
-        else:
+    for row in longest_first:
+        if groups:
+            group = [*groups[-1], row]  # the last group with this row
+            longest_prompt = max(lengths[i] for i in group)
+            longest_new = max(new_lengths[i] for i in group)
+            too_many_tokens = len(group) * (longest_prompt + longest_new) > budget
+            too_many_logits = len(group) * longest_new > logit_tokens
+            too_long = max(totals[i] for i in group) > context
+        if not groups or too_many_tokens or too_many_logits or too_long:
             groups.append([row])
+        else:
+            groups[-1].append(row)
     return groups
 
 
@@ -1184,10 +1203,10 @@ def reference_policy(model) -> contextlib.AbstractContextManager:
 
 
 def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextManager:
-    """Inside a `with` block, transformer blocks save only their input and run again in backward().
+    """In this `with` block, transformer blocks save only their input and run again in backward().
 
-    transformers does this for blocks in training mode. gradient_checkpointing_enable would need
-    all of the model in training mode, with dropout.
+    A block of transformers does so if it is in training mode and has the attributes below. The
+    layers inside it stay in eval mode, so that nothing else changes.
     """
     changes = []
     for block in model.modules():
@@ -1207,6 +1226,7 @@ def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextMana
 @contextlib.contextmanager
 def changed(changes: list[tuple[object, str, object]]) -> Iterator[None]:
     """Sets attributes, given as (object, name, value), and puts the previous values back."""
+    # All attributes of each object, to know which it had itself and not from its class.
     before = [dict(vars(thing)) for thing, _, _ in changes]
     try:
         for thing, name, value in changes:
@@ -1216,7 +1236,7 @@ def changed(changes: list[tuple[object, str, object]]) -> Iterator[None]:
         for (thing, name, _), attributes in zip(changes, before):
             if name in attributes:
                 setattr(thing, name, attributes[name])
-            else:  # it was an attribute of the class
+            else:
                 delattr(thing, name)
 
 
@@ -1259,37 +1279,40 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
         note = f"{len(fused)} fused weights of mixtures of experts ({fused[0]}) cannot be adapted"
     if not layers:
         reason = f"targets {targets!r} match no linear layer, or only quantised ones"
-        raise Transformer2Error(f"{'; '.join([reason, note]).strip('; ')}: use {kinds}")
+        if fused:
+            reason += f"; {note}"
+        raise Transformer2Error(f"{reason}: use {kinds}")
     if fused:
-        print(f"note: {note}; {len(layers)} layers ({[*layers][0]}) are", file=sys.stderr)
+        print(f"note: {note}; {len(layers)} layers ({next(iter(layers))}) are", file=sys.stderr)
     return layers
 
 
 def spread_over_rows(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """One scale for each row, (B, r), in a shape that multiplies the components of x, (..., r)."""
+    if len(scale) in (1, len(x)):
+        ones = [1] * (x.dim() - 2)
+        return scale.view(len(scale), *ones, -1)  # (B, 1, ..., 1, r)
     if x.dim() == 2 and len(x) % len(scale) == 0:  # OPT flattens (B, T, d) to (B * T, d)
         return scale.repeat_interleave(len(x) // len(scale), dim=0)
-    if len(scale) not in (1, len(x)):
-        reason = f"there are {len(scale)} experts for {len(x)} rows"
-        raise Transformer2Error(f"{reason}: give one for each, or one for all")
-    ones = [1] * (x.dim() - 2)
-    return scale.view(len(scale), *ones, -1)  # (B, 1, ..., 1, r)
+    reason = f"there are {len(scale)} experts for {len(x)} rows"
+    raise Transformer2Error(f"{reason}: give one for each, or one for all")
 
 
 def stack_experts(expert: ExpertOrRows, layers: dict[str, SVFLinear]) -> dict[str, torch.Tensor]:
     """Layer name -> z of an expert (r,), or of one expert for each row (B, r); see use_expert."""
-    is_list = isinstance(expert, list)
-    row_experts = [row_expert or {} for row_expert in (expert if is_list else [expert])]
+    row_experts = expert if isinstance(expert, list) else [expert]
+    row_experts = [row_expert or {} for row_expert in row_experts]  # None: z = 1 everywhere
     for row_expert in row_experts:
         check_expert(row_expert, layers, "the expert")
     stacked = {}
     for name, layer in layers.items():
+        # A mixture-of-experts layer gets tokens that a router picked from all rows.
         if len(row_experts) > 1 and ".experts." in name:
             reason = f"layer {name} of a mixture of experts does not see the rows of a batch"
             raise Transformer2Error(f"{reason}: use one expert for all, or adapt other layers")
         ones = torch.ones_like(layer.s)
         rows = [row_expert.get(name, ones).to(ones) for row_expert in row_experts]
-        stacked[name] = torch.stack(rows) if is_list else rows[0]
+        stacked[name] = torch.stack(rows) if isinstance(expert, list) else rows[0]
     return stacked
 
 
@@ -1324,9 +1347,11 @@ class Progress:
         self.next_step = 0
         self.best = self.start
         self.best_score = -1.0
-        # load compares these; its message names those that differ.
+        # load compares these and names those that differ. Two do not change the result.
+        result_settings = asdict(hp)
+        del result_settings["token_budget"], result_settings["checkpointing"]
         self.settings = {
-            **asdict(hp),
+            **result_settings,
             "task": task.name,
             "token limit": task.max_new_tokens,
             "model": model.config._name_or_path,
@@ -1360,12 +1385,10 @@ class Progress:
             theirs = state["settings"]
         except Exception as error:
             raise Transformer2Error(f"cannot read {path}: delete it to begin again") from error
-        differing = []
-        for name, value in self.settings.items():
-            if theirs.get(name) != value and name not in ("token_budget", "checkpointing"):
-                differing.append(name)
+        settings = self.settings.items()
+        differing = [name for name, value in settings if theirs.get(name) != value]
         if differing:
-            reason = f"{path} is of a run with another {', '.join(differing)}"
+            reason = f"{path} belongs to a run with another {', '.join(differing)}"
             raise Transformer2Error(f"{reason}: go on with the same, or delete it")
         self.next_step = state["next_step"]
         self.best = state["best"]
@@ -1462,15 +1485,19 @@ def convert_authors_expert(expert: Expert, layers: dict[str, SVFLinear]) -> Expe
     """The z's of the authors' checkpoint, in the paper's terms.
 
     They learn p with z = sigmoid(p), and multiply W' by sum(s) / sum(s * z), which keeps the sum
-    of the singular values. Here both become a part of z. What fits no layer stays under its name.
+    of the singular values. Here both become a part of z. What fits no layer keeps its name, which
+    check_expert then reports.
     """
     mlp_names = [name for name in layers if "mlp" in name]
     converted = {}
     for key, p in expert.items():
-        name = key.removesuffix(".weight")  # learnable_params*.pt has the names of the weights
         number = key.rpartition(".")[2]
         if number.isdigit() and int(number) < len(mlp_names):
-            name = mlp_names[int(number)]  # policy_params*.pt counts the MLP layers of the model
+            # policy_params*.pt: learnable_params_module_list.7 is the eighth MLP layer
+            name = mlp_names[int(number)]
+        else:
+            # learnable_params*.pt: model.layers.0.mlp.gate_proj.weight
+            name = key.removesuffix(".weight")
         z = p.detach().float().sigmoid()
         if name in layers and layers[name].s.shape == z.shape:
             s = layers[name].s.to(z)
