@@ -78,7 +78,7 @@ def read_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("prompts", nargs="*", help="answer these (not right after --task); without any: tables")
-    add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'")
+    add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'; by default as train_expert.py")
     add("--experts", type=Path, help="default: experts/<model>")
     add("--task", nargs="+", metavar="UNSEEN", help=", ".join(TASKS))
     add("--strategy", nargs="+", default=STRATEGIES, choices=STRATEGIES)
@@ -220,9 +220,7 @@ def show_tasks(library: Library, tasks: list[Task], args: argparse.Namespace) ->
             show_few_shot(library, task, test, args)
 
 
-def show_score(
-    label: str, library: Library, task: Task, test: list[dict], expert: ExpertOrRows
-) -> None:
+def show_score(label: str, library: Library, task: Task, test: list, expert: ExpertOrRows) -> None:
     """Prints the accuracy on the problems of `test`. expert: as for transformer2.evaluate."""
     start_time = time.time()
     accuracy = evaluate(library.model, library.processor, task, test, expert=expert)

@@ -68,7 +68,7 @@ def read_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'")
+    add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'; default: tiny without a GPU")
     add("--task", nargs="+", metavar="T", help=", ".join(TASKS))
     add("--targets", default="mlp", help="mlp, attention, all, or a regular expression over layers")
     add("--layers", type=float, default=1.0, help="share of the blocks that train, the last ones")

@@ -332,15 +332,15 @@ def measure_options(bench: Benchmark) -> None:
         return [" " + text for text in problem["options"]]
 
     task = t2.Task("options", list, conversation, reward=None, choices=options)
-    rewards = torch.tensor(
-        [1.0, -1.0, -1.0, -1.0], device=model.device
-    )  # their values do not matter
+    rewards = torch.tensor([1.0, -1.0, -1.0, -1.0], device=model.device)  # any values do
+
+    all_choices = [t2.choice_tokens(bench.processor, task, problem) for problem in problems]
 
     def step(score: Callable) -> None:  # add_choice_gradient without the KL
-        budget = t2.Hyperparameters().token_budget
-        batches = t2.choice_batches(model, bench.processor, task, problems, budget)
-        for rows, inputs, choices in batches:
-            log_probs = score(model, inputs, choices)
+        for rows, inputs in t2.choice_batches(
+            model, bench.processor, task, problems, all_choices, t2.Hyperparameters.token_budget
+        ):
+            log_probs = score(model, inputs, [all_choices[row] for row in rows])
             ref_log_probs = [scores.detach() for scores in log_probs]
             own_rewards = [rewards] * len(rows)
             loss, _, _ = t2.choice_loss(log_probs, ref_log_probs, own_rewards, kl_coef=0.0)
