@@ -59,8 +59,7 @@ def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     s descends, in float32; U and Vh have the weight's dtype. The eigenvectors of WᵀW are V, and the
     columns of W V are those of U times s. So U diag(s) Vh = W V Vᵀ is W exactly, up to rounding.
     """
-    # 1) Transpose a wide W, so that WᵀW is (r, r). Its eigenvalues are s², which costs half of the
-    #    digits, hence float64.
+    # 1) Transpose a wide W, so that WᵀW is (r, r). Squaring s halves the digits, hence float64.
     is_wide = weight.shape[0] < weight.shape[1]
     W = weight.detach().T if is_wide else weight.detach()
     if W.device.type == "mps":  # it has no float64
@@ -178,8 +177,8 @@ def use_expert(model: Model, expert: ExpertOrRows) -> contextlib.AbstractContext
 #
 # Eq. 1 is     J(z) = E[ log π_W'(ŷ|x) r(ŷ, y) ] - λ KL( π_W' ‖ π_W ),   ŷ drawn from π_W'( · | x).
 #
-# REINFORCE takes the reward r as a number: no gradient flows through it. The gradient of the KL is
-# an expectation over the same answers (its other term, E[∇ log π_W'], is 0), so that
+# REINFORCE takes the drawn ŷ and their rewards as given. The gradient of the KL is an expectation
+# over the same answers (its other term, E[∇ log π_W'], is 0), so that
 #     ∇J = E[ ∇ log π_W'(ŷ|x) · ( r(ŷ, y) - λ log( π_W'(ŷ|x) / π_W(ŷ|x) ) ) ].
 # This is also the gradient of E[r] - λ KL. One sampled answer to each problem estimates it: see
 # reinforce_loss below.
@@ -377,18 +376,20 @@ def add_gradient(
     conversations = [task.conversation(problem) for problem in my_share(problems)]
     lengths = [len(answer.tokens) for answer in my_answers]
     stats = StepStats(reward=sum(answer.reward for answer in my_answers) / len(answers))
+    budget = hp.token_budget
     for rows, inputs in batches(
-        model, processor, conversations, task.prefill, lengths, hp.token_budget, completions=1
+        model, processor, conversations, task.prefill, lengths, budget, completions_with_logits=1
     ):
         completions = [my_answers[row].tokens for row in rows]
         with checkpointing(model, hp.checkpointing):
             log_probs = completion_log_probs(model, inputs, completions)  # log π_W'(ŷ|x) of rows
-            ref_log_probs = log_probs.detach()  # without λ no penalty
+            ref_log_probs = log_probs.detach()  # λ = 0 needs no reference pass: the ratio is 0
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
                     ref_log_probs = completion_log_probs(model, inputs, completions)  # log π_W(ŷ|x)
             loss = reinforce_loss(log_probs, ref_log_probs, advantages[rows], hp.kl_coef)
-            fraction = len(rows) / len(answers)  # micro-batches add up to the mean over problems
+            # Micro-batches, and processes, add up to the mean over all problems.
+            fraction = len(rows) / len(answers)
             (fraction * loss).backward()
         stats.kl += fraction * (log_probs.detach() - ref_log_probs).mean().item()
     return stats
@@ -560,7 +561,8 @@ def score_mixtures(
 ) -> list[tuple[float, float]]:
     """(accuracy, mean log-likelihood of the right answers) of each candidate α.
 
-    The candidates answer together: a batch has rows of several candidates, each under its own z.
+    The log-likelihood of an answer is summed over its tokens. The candidates answer together: a
+    batch has rows of several candidates, each under its own z.
     """
     all_problems, all_experts = [], []
     for alphas in candidates:
@@ -568,9 +570,9 @@ def score_mixtures(
         all_experts += [mix(experts, alphas)] * len(problems)
     answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
     accuracies = np.array([max(0.0, answer.reward) for answer in answers])
-    # In this task the right answer is the only choice: its score is the log-likelihood.
-    solution_task = replace(task, choices=right_answer)
-    scores = score_choices(model, processor, solution_task, all_problems, expert=all_experts)
+    # score_choices gives log π of all choices of a problem: here of one, the right answer.
+    right_answers = replace(task, choices=right_answer)
+    scores = score_choices(model, processor, right_answers, all_problems, expert=all_experts)
     log_likelihoods = np.array([log_probs.item() for log_probs in scores])
     shape = (len(candidates), len(problems))
     return list(zip(accuracies.reshape(shape).mean(1), log_likelihoods.reshape(shape).mean(1)))
@@ -590,7 +592,7 @@ def cross_entropy_method(
     """
     rng = np.random.default_rng(seed)
     shape = first.shape[1:]
-    mean = np.full(shape, 1 / shape[0])
+    mean = np.full(shape, 1 / shape[0])  # 1/K
     deviation = np.full(shape, 0.5)
     num_elite = max(2, round(0.2 * population))
     best, best_score = None, None
@@ -642,8 +644,8 @@ def choice_log_probs(
     first_logits = prompt_output.logits[prompt_of_choice, -1]  # (N, V)
     log_probs = token_log_probs(first_logits, tokens[:, 0]) * mask[:, 0]  # (N,)
 
-    # 2) The other tokens of each choice run on a copy of its prompt's cache. Token t predicts token
-    #    t + 1, so the last one need not run.
+    # 2) The other tokens of each choice run on a copy of its prompt's cache. Running a token gives
+    #    the logits of the next: tokens[:, :-1] run, tokens[:, 1:] are scored.
     if tokens.shape[1] > 1:
         cache = prompt_output[cache_name(model)]
         cache.batch_select_indices(prompt_of_choice)  # in place: row i is a copy of its prompt's
@@ -680,17 +682,18 @@ def can_repeat_cache(model, inputs: dict) -> bool:
     # Layers under checkpointing run without a cache.
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return False
-    # If each of the B prompts has an expert of its own, so would the N choices need to.
+    # A z for each row has B rows, but the choices run as N rows.
     if any(layer.current_z().dim() > 1 for layer in svf_layers(model).values()):
         return False
+    # Pictures change how positions are counted.
     return not has_pictures(inputs)
 
 
 def choice_loss(log_probs: list, ref_log_probs: list, rewards: list, kl_coef: float) -> tuple:
-    """λ KL minus the expected reward, exactly, for a policy that answers with one of the choices.
+    """λ KL minus the expected reward, exactly: it has the gradient of -J (eq. 1).
 
-    It has the gradient of -J (eq. 1). The lists have a tensor (C,) for each problem. π is
-    renormalised over a problem's choices. Returns the loss, the mean expected reward, the mean KL.
+    This is for a policy that answers with one of the choices: π is renormalised over them. The
+    lists have a tensor (C,) for each problem. Returns the loss, the mean reward, the mean KL.
     """
     reward, kl = 0.0, 0.0
     for own_log_probs, own_ref_log_probs, own_rewards in zip(log_probs, ref_log_probs, rewards):
@@ -748,7 +751,10 @@ def score_choices(
 def likeliest_choices(model, processor, task, problems, expert: ExpertOrRows) -> list[str]:
     """The likeliest choice of each problem."""
     scores = score_choices(model, processor, task, problems, expert=expert)
-    return [choices_of(task, problem)[row.argmax()] for problem, row in zip(problems, scores)]
+    texts = []
+    for problem, log_probs in zip(problems, scores):
+        texts.append(choices_of(task, problem)[log_probs.argmax()])
+    return texts
 
 
 def choices_of(task: Task, problem: dict) -> list[str]:
@@ -770,18 +776,23 @@ def choice_tokens(processor, task: Task, problem: dict) -> list[list[int]]:
     """Token ids of the choices of a problem.
 
     If one begins another ("math", "mathematics") all get an end token, or the shorter would always
-    be the likelier. After plain strings none gets one: benchmarks score them that way. A prefill
-    is followed by a space.
+    be the likelier. If the prompt is plain text, no end token is added: benchmarks do it that way.
+    A prefill is followed by a space.
     """
     tokenizer = prepared_tokenizer(processor)
     prompt = task.conversation(problem)
+    # The text just before a choice; after a chat template that is only the prefill.
     before = prompt + task.prefill if isinstance(prompt, str) else task.prefill
     choices = []
     for text in choices_of(task, problem):
         if task.prefill and not text[:1].isspace():
             text = " " + text
         choices.append(continuation(tokenizer, before, text))
-    begins_another = any(a != b and b[: len(a)] == a for a in choices for b in choices)
+    begins_another = False
+    for shorter in choices:
+        for longer in choices:
+            if len(shorter) < len(longer) and longer[: len(shorter)] == shorter:
+                begins_another = True
     if begins_another and not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
         choices = [[*choice, tokenizer.eos_token_id] for choice in choices]
     return choices
@@ -791,6 +802,8 @@ def continuation(tokenizer, before: str, text: str) -> list[int]:
     """Token ids of a text that follows another: those of "is math" without those of "is".
 
     Many tokenizers have different tokens for "math" and " math", so the text alone is not enough.
+    One word before it is, as tokens do not cross spaces. If the two share a token after all, the
+    text is tokenized alone.
     """
     words = before.split()
     last_word = words[-1] if words else ""
@@ -810,8 +823,15 @@ def choice_batches(model, processor, task, problems, choices: list, budget: int)
     conversations = [task.conversation(problem) for problem in problems]
     longest = [max(len(choice) for choice in own_choices) for own_choices in choices]
     most = max([len(own_choices) for own_choices in choices], default=1)
-    budget = budget // (1 + most)
-    return batches(model, processor, conversations, task.prefill, longest, budget, completions=most)
+    return batches(
+        model,
+        processor,
+        conversations,
+        task.prefill,
+        longest,
+        budget // (1 + most),
+        completions_with_logits=most,
+    )
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -857,7 +877,7 @@ def generate_tokens(
     processor,
     conversations: list[Conversation],
     expert: ExpertOrRows,
-    problem_numbers: range,
+    stream_numbers: range,
     *,
     max_new_tokens: int,
     temperature: float,
@@ -866,11 +886,12 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Token ids of the answers, end token included. Parameters as for generate.
 
-    Answer i is drawn from the random stream (seed, problem_numbers[i]), whatever its batch.
+    Answer i is drawn from the random stream (seed, stream_numbers[i]), whatever its batch.
     """
     tokenizer = prepared_tokenizer(processor)
     ends = end_tokens(model, tokenizer)
-    image_token = getattr(processor, "image_token_id", None)  # it would ask for another picture
+    # A model must not write this token: it would expect a picture for it.
+    image_token = getattr(processor, "image_token_id", None)
     settings = GenerationConfig(
         do_sample=False,  # a RowSampler turns greedy decoding into sampling
         eos_token_id=ends or None,
@@ -884,12 +905,13 @@ def generate_tokens(
     ):
         samplers = []
         if temperature > 0:
-            row_seeds = [seed * 1_000_003 + problem_numbers[row] for row in rows]
+            row_seeds = [seed * 1_000_003 + stream_numbers[row] for row in rows]
             samplers.append(RowSampler(model.device, row_seeds, temperature))
         # A prompt near the end of the context is alone in its batch, so this cuts no other answer.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
-        # generate() fills the gaps of given settings from the model's own. So ours replace these.
+        # generate() would fill what our settings leave open from the model's generation_config
+        # (top_k, repetition_penalty, ...). So they replace that for the call.
         causal_lm = without_peft(model)
         with (
             use_expert(model, select_experts(expert, rows)),
@@ -1086,12 +1108,13 @@ def batches(
     prefill: str,
     new_lengths: list[int],
     budget: int,
-    completions: int = 0,
+    completions_with_logits: int = 0,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yields (row numbers, encoded prompts) of batches of at most `budget` tokens.
 
-    new_lengths: the tokens that follow each prompt. They count, and so does padding. completions:
-    how many completions of each prompt have logits, which are bounded as well; 0 if none.
+    new_lengths: the tokens that follow each prompt. They count, and so does padding.
+    completions_with_logits: for how many completions of each prompt all logits are kept;
+    LOGIT_BUDGET bounds them. 0, as in generation: no bound.
     """
     # Encode everything once to know the lengths; 256 prompts at a time, as pictures are large.
     lengths = []
@@ -1099,9 +1122,9 @@ def batches(
         inputs = encode(model, processor, conversations[start : start + 256], prefill)
         lengths += inputs["attention_mask"].sum(1).tolist()
     logit_tokens = math.inf  # how many new tokens of a batch may have logits
-    if completions > 0:
+    if completions_with_logits > 0:
         vocabulary = model.config.get_text_config().vocab_size
-        logit_tokens = LOGIT_BUDGET // (completions * vocabulary)
+        logit_tokens = LOGIT_BUDGET // (completions_with_logits * vocabulary)
     groups = group_rows(lengths, new_lengths, budget, logit_tokens, context_length(model))
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
         yield rows, encode(model, processor, [conversations[row] for row in rows], prefill)
@@ -1270,7 +1293,7 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
         if is_linear and not is_head and pattern.search(name):
             if module.weight.element_size() > 1:  # 1 byte: a quantised layer
                 layers[name] = module
-    fused = []
+    fused = []  # a tensor (experts, m, n) holds a matrix for each expert of the mixture
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3 and "conv" not in name and pattern.search(name):
             fused.append(name)
@@ -1283,7 +1306,10 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
             reason += f"; {note}"
         raise Transformer2Error(f"{reason}: use {kinds}")
     if fused:
-        print(f"note: {note}; {len(layers)} layers ({next(iter(layers))}) are", file=sys.stderr)
+        print(
+            f"note: {note}; {len(layers)} layers ({next(iter(layers))}) are adapted",
+            file=sys.stderr,
+        )
     return layers
 
 
@@ -1342,6 +1368,7 @@ class Progress:
                 self.parameters[name.removesuffix(".z")] = parameter
         if not self.parameters:
             raise Transformer2Error("nothing in the model requires gradients: call apply_svf first")
+        # Without weight decay, which would pull z to 0.
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=hp.lr, weight_decay=0.0)
         self.start = self.trained_values()
         self.next_step = 0
