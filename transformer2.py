@@ -56,10 +56,11 @@ class Transformer2Error(ValueError):
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits W (m, n) into U (m, r), s (r,) and Vh (r, n) with W = U diag(s) Vh; r = min(m, n).
 
-    s descends, in float32; U and Vh have the weight's dtype. The eigenvectors of WᵀW are V, and the
-    columns of W V are those of U times s. So U diag(s) Vh = W V Vᵀ is W exactly, up to rounding.
+    s descends, in float32; U and Vh have the weight's dtype. The eigenvectors of WᵀW are V, and
+    column i of W V is s_i u_i. So U diag(s) Vh = W V Vᵀ is W exactly, up to rounding.
     """
-    # 1) Transpose a wide W, so that WᵀW is (r, r). Squaring s halves the digits, hence float64.
+    # 1) Transpose a wide W, so that WᵀW is (r, r). Its eigenvalues are s²: in float32 a small s
+    #    would drown in rounding, so compute in float64.
     is_wide = weight.shape[0] < weight.shape[1]
     W = weight.detach().T if is_wide else weight.detach()
     if W.device.type == "mps":  # it has no float64
@@ -79,7 +80,7 @@ def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 class SVFLinear(nn.Module):
     """y = U diag(s * z) Vᵀ x + b, in the place of a linear layer. z (r,) is all that trains.
 
-    forward never builds W', so no dense gradient exists either. x: (B, ..., in_features).
+    forward never builds W', so backward makes no (m, n) gradient. x: (B, ..., in_features).
     """
 
     def __init__(self, linear: nn.Linear | Conv1D, cache_dir: str | Path | None = None):
@@ -383,7 +384,7 @@ def add_gradient(
         completions = [my_answers[row].tokens for row in rows]
         with checkpointing(model, hp.checkpointing):
             log_probs = completion_log_probs(model, inputs, completions)  # log π_W'(ŷ|x) of rows
-            ref_log_probs = log_probs.detach()  # λ = 0 needs no reference pass: the ratio is 0
+            ref_log_probs = log_probs.detach()  # at λ = 0 the log ratio is not needed
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
                     ref_log_probs = completion_log_probs(model, inputs, completions)  # log π_W(ŷ|x)
@@ -907,7 +908,8 @@ def generate_tokens(
         if temperature > 0:
             row_seeds = [seed * 1_000_003 + stream_numbers[row] for row in rows]
             samplers.append(RowSampler(model.device, row_seeds, temperature))
-        # A prompt near the end of the context is alone in its batch, so this cuts no other answer.
+        # A prompt near the end of the context is alone in its batch (see group_rows), so this cuts
+        # no other answer.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
         # generate() would fill what our settings leave open from the model's generation_config
@@ -1249,7 +1251,7 @@ def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextMana
 @contextlib.contextmanager
 def changed(changes: list[tuple[object, str, object]]) -> Iterator[None]:
     """Sets attributes, given as (object, name, value), and puts the previous values back."""
-    # All attributes of each object, to know which it had itself and not from its class.
+    # An attribute may come from the object's class: then it is deleted afterwards, not set.
     before = [dict(vars(thing)) for thing, _, _ in changes]
     try:
         for thing, name, value in changes:
