@@ -652,6 +652,10 @@ def test_checkpointing_takes_less_memory():
     assert peaks[1] < 0.8 * peaks[0]
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."),
+    reason="transformers 4 reads values of the mask, which tensors without storage do not have",
+)
 def test_llama_3_8b_trains_on_a_card_of_24_gb():
     """Bytes are counted on tensors without storage: one row of 1,024 tokens, λ > 0."""
     memory = counted_memory(SHAPES["Llama-3-8B"])
