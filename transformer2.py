@@ -5,7 +5,7 @@ Sun, Cetin, Tang: "Transformer-Squared: Self-adaptive LLMs", ICLR 2025, arXiv 25
 A weight matrix is split once into its singular components, W = U diag(s) Vᵀ. A vector z with one
 number per component rescales them: W' = U diag(s * z) Vᵀ. The z's of all matrices are an *expert*.
 They are all that trains, by reinforcement learning on the model's own answers. At inference a
-first pass finds out which expert or mixture of experts a prompt needs. A second pass answers.
+first pass finds out which expert a prompt needs, and a second pass answers with it.
 
 The file follows the paper, section 3.1 and section 3.2. The plumbing comes last.
 Shapes in comments: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C choices
@@ -15,6 +15,7 @@ of one problem, N choices of all problems in a batch, m x n a weight, r singular
 import contextlib
 import hashlib
 import inspect
+import json
 import math
 import os
 import re
@@ -23,12 +24,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -43,7 +45,7 @@ Processor = PreTrainedTokenizerBase  # or the processor of a model that sees pic
 Conversation = list[dict] | str  # messages {"role", "content"}, or plain text without a template
 Expert = dict[str, torch.Tensor]  # layer name -> z (r,); a layer that is not in it has z = 1
 # What a batch runs with: None for the base model (z = 1), one Expert, or a list, one for each row.
-ExpertOrRows = Expert | None | list[Expert | None]
+Experts = Expert | None | list[Expert | None]
 
 
 class Transformer2Error(ValueError):
@@ -56,19 +58,18 @@ class Transformer2Error(ValueError):
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits W (m, n) into U (m, r), s (r,) and Vh (r, n) with W = U diag(s) Vh; r = min(m, n).
 
-    s descends, in float32; U and Vh have the weight's dtype. The eigenvectors of WᵀW are V, and
-    column i of W V is s_i u_i. So U diag(s) Vh = W V Vᵀ is W exactly, up to rounding.
+    The eigenvectors of WᵀW are V, and column i of W V is s_i u_i. So U diag(s) Vh = W V Vᵀ is W
+    exactly, up to rounding. s descends, in float32; U and Vh have the weight's dtype.
     """
-    # 1) Transpose a wide W, so that WᵀW is (r, r). Its eigenvalues are s²: in float32 a small s
-    #    would drown in rounding, so compute in float64.
-    is_wide = weight.shape[0] < weight.shape[1]
-    W = weight.detach().T if is_wide else weight.detach()
+    W = weight.detach()
     if W.device.type == "mps":  # it has no float64
         W = W.cpu()
+    is_wide = W.shape[0] < W.shape[1]
+    if is_wide:
+        W = W.T  # so that WᵀW is (r, r)
+    # WᵀW has the eigenvalues s². In float32 a small s would drown in rounding.
     W = W.double()
-    # 2) The right singular vectors. eigh sorts from small to large.
-    V = torch.linalg.eigh(W.T @ W).eigenvectors.flip(-1)  # (r, r)
-    # 3) The left singular vectors and the singular values.
+    V = torch.linalg.eigh(W.T @ W).eigenvectors.flip(-1)  # (r, r); eigh sorts from small to large
     scaled_U = W @ V  # (max(m, n), r)
     s = scaled_U.norm(dim=0)
     U = scaled_U / s.clamp(min=1e-12)
@@ -92,11 +93,10 @@ class SVFLinear(nn.Module):
         self.register_buffer("U", U)  # (out, r)
         self.register_buffer("s", s)  # (r,), in float32 whatever the model's dtype
         self.register_buffer("Vh", Vh)  # (r, in)
-        self.z = nn.Parameter(torch.ones_like(s))  # z = 1 is the base model
+        self.z = nn.Parameter(torch.ones_like(s))  # z = 1 is the base model, up to rounding
         self.active_z: torch.Tensor | None = None  # set by use_expert: (r,), or (B, r), one per row
         self.bias = linear.bias
-        # The layer is kept for merge_svf: in a list, so that torch does not register it as a
-        # submodule, and without its weight, which is no longer needed.
+        # merge_svf needs the layer: without its weight, and in a list, which hides it from torch.
         linear.weight = None
         self.dense_layer = [linear]
 
@@ -122,11 +122,11 @@ class SVFLinear(nn.Module):
 
 
 def apply_svf(model: Model, targets: str = "mlp", cache_dir: str | Path | None = None) -> Model:
-    """Freezes the model and puts an SVFLinear in the place of every matching layer (section 3.1).
+    """Freezes the model and puts an SVFLinear in the place of every matching layer.
 
-    In place; returns the model. targets: "mlp" (as in the paper), "attention", "all", or a regular
-    expression over layer names; never embeddings or the output head. cache_dir: a folder that keeps
-    decompositions for the next time. Raises Transformer2Error if no layer matches.
+    In place; returns the model. targets: "mlp" (as in the released code), "attention", "all", or a
+    regular expression over layer names; never embeddings or the output head. cache_dir: a folder
+    that keeps decompositions for the next time. Raises Transformer2Error if no layer matches.
     """
     layers = matching_layers(model, targets).items()
     model.requires_grad_(False)
@@ -137,17 +137,15 @@ def apply_svf(model: Model, targets: str = "mlp", cache_dir: str | Path | None =
 
 def svf_layers(model: Model) -> dict[str, SVFLinear]:
     """Layer name -> SVFLinear, in the order of the model."""
-    modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, SVFLinear)}
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, SVFLinear)}
 
 
 def merge_svf(model: Model) -> Model:
     """Folds the z's in use into layers of the original class. In place; returns the model."""
-    for name in list(svf_layers(model)):
-        layer = model.get_submodule(name)
+    for name, layer in svf_layers(model).items():
         dense_layer = layer.dense_layer[0]
         weight = layer.weight.detach()
-        if isinstance(dense_layer, Conv1D):  # it keeps its weight transposed
+        if isinstance(dense_layer, Conv1D):
             weight = weight.T
         dense_layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         model.set_submodule(name, dense_layer)
@@ -159,11 +157,11 @@ def merge_svf(model: Model) -> Model:
 
 def get_expert(model: Model) -> Expert:
     """A copy of the z's in use: inside `with use_expert` those, otherwise the model's own."""
-    layers = svf_layers(model)
-    return {name: layer.current_z().detach().clone() for name, layer in layers.items()}
+    layers = svf_layers(model).items()
+    return {name: layer.current_z().detach().clone() for name, layer in layers}
 
 
-def use_expert(model: Model, expert: ExpertOrRows) -> contextlib.AbstractContextManager:
+def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManager:
     """`with use_expert(model, expert):` runs the model with these z's, then puts the previous back.
 
     expert: None for the base model (z = 1), an Expert, or a list of these, one for each row of the
@@ -209,11 +207,11 @@ class Hyperparameters:
     batch_size: int = 256  # problems in an update, with one answer each
     lr: float = 2e-3  # AdamW's learning rate, which falls to 0 along a cosine
     kl_coef: float = 0.0  # λ; the paper picks 0, 0.1, 0.2 or 0.3 on validation problems
-    max_grad_norm: float = 1e-3  # over all z's together
-    baseline: bool = True  # subtract the mean of the other rewards (not in the paper)
-    validate_every: int = 10  # steps; the z of the best validation accuracy is the result
+    max_grad_norm: float = 1e-3  # of all z's together; under AdamW it evens steps out
+    baseline: bool = True  # subtract the mean of the other rewards; not for choices
+    validate_every: int = 10  # steps; the z of the best accuracy, at a tie the last, is the result
     validation_problems: int = 128
-    token_budget: int = 2048  # tokens in a micro-batch of an update, padding included
+    token_budget: int = 2048  # tokens in a micro-batch of an update, if one row has no more
     checkpointing: bool = False  # less memory for activations, a third more time
     seed: int = 0  # draws the problems and the answers
 
@@ -233,11 +231,20 @@ class StepStats:
 
     step: int = 0
     reward: float = 0.0
-    kl: float = 0.0  # KL(π_W' ‖ π_W); 0 at λ = 0, where it is not computed
+    kl: float = 0.0  # estimate of KL(π_W' ‖ π_W); 0 at λ = 0, where it is not computed
     grad_norm: float = 0.0  # before clipping
     mean_length: float = 0.0  # tokens of an answer
     seconds: float = 0.0
     validation: float | None = None  # accuracy, in the steps that measure it
+
+    def __str__(self) -> str:
+        line = f"step {self.step:3}  reward {self.reward:+.3f}  KL {self.kl:.4f}"
+        line += f"  gradient {self.grad_norm:.2e}  {self.seconds:.1f} s"
+        if self.step == 0:  # only validates the start
+            line = "step   0"
+        if self.validation is not None:
+            line += f"  validation {self.validation:.1%}"
+        return line
 
 
 def reinforce(
@@ -255,8 +262,8 @@ def reinforce(
     values with the best validation accuracy, and restores the start. hyperparameters: fields of
     Hyperparameters. checkpoint: a file for the progress after each step; if it exists, the run goes
     on from there. on_step: gets the statistics and the sampled answers of each step (no answers for
-    a task with choices). Raises Transformer2Error if nothing requires gradients, or if the
-    checkpoint belongs to a run with other settings.
+    a task with choices). Raises Transformer2Error if nothing requires gradients, there are no
+    problems, or the checkpoint is damaged or belongs to a run with other settings.
     """
     hp = Hyperparameters(**hyperparameters)
     check_seed(hp.seed)
@@ -268,18 +275,15 @@ def reinforce(
         progress.load(checkpoint)
     try:
         for step in range(progress.next_step, hp.steps + 1):
-            if step == 0:  # only validates the start
-                stats, answers = StepStats(), []
-            else:
-                problems = draw_problems(train_problems, hp, step)
-                stats, answers = update(model, processor, task, problems, progress, hp, step)
+            stats, answers = StepStats(), []
+            if step > 0:  # step 0 only validates the start
+                stats, answers = update(model, processor, task, train_problems, progress, hp, step)
             if step % hp.validate_every == 0 or step == hp.steps:
                 z = get_expert(model)  # None would be the base model
                 stats.validation = evaluate(model, processor, task, held_out_problems, expert=z)
                 if stats.validation >= progress.best_score:  # at a tie the later one
-                    progress.best_score = stats.validation
-                    progress.best = progress.trained_values()
-            tqdm.write(describe(stats))
+                    progress.best, progress.best_score = progress.values(), stats.validation
+            tqdm.write(str(stats))
             progress.next_step = step + 1
             if checkpoint is not None and process_rank() == 0:
                 progress.save(checkpoint)
@@ -291,72 +295,51 @@ def reinforce(
     return progress.best
 
 
-def draw_problems(problems: list[dict], hp: Hyperparameters, step: int) -> list[dict]:
-    """The problems of a step. Seed and step alone decide, so that a run can be resumed."""
-    if not problems:
-        raise Transformer2Error("the task has no problems to train on")
-    generator = torch.Generator().manual_seed(step_seed(hp, step))
-    order = torch.randperm(len(problems), generator=generator)
-    return [problems[i] for i in order[: hp.batch_size]]
-
-
-def update(
-    model, processor, task: Task, problems: list[dict], progress, hp: Hyperparameters, step: int
-) -> tuple[StepStats, list[Answer]]:
+def update(model, processor, task, train_problems, progress, hp, step) -> tuple[StepStats, list]:
     """One step of eq. 1: the model answers, answers are rewarded, z follows the gradient of J."""
     start_time = time.time()
-    # 1) add the gradient of -J to z.grad
+    # 1) Draw problems. Seed and step alone decide, so that a run can be resumed.
+    if not train_problems:
+        raise Transformer2Error(f"task {task.name} has no problems to train on")
+    seed = hp.seed * 100_003 + step
+    order = torch.randperm(len(train_problems), generator=torch.Generator().manual_seed(seed))
+    problems = [train_problems[i] for i in order[: hp.batch_size]]
+    # 2) Answer each of them, with one sample or with all the choices of the task.
     if task.choices is None:
         z = get_expert(model)  # None would be the base model
-        seed = step_seed(hp, step)
-        answers = rollout(model, processor, task, problems, z, temperature=1.0, seed=seed)
-        stats = add_gradient(model, processor, task, problems, answers, hp)
-        stats.mean_length = sum(len(answer.tokens) for answer in answers) / len(answers)
+        sampled = rollout(model, processor, task, problems, z, temperature=1.0, seed=seed)
+        answers = [[answer] for answer in sampled]
     else:
-        answers = []
-        stats = add_choice_gradient(model, processor, task, problems, hp)
-    # 2) a step of AdamW, with a clipped gradient and a learning rate that falls along a cosine
+        sampled = []
+        answers = [choice_answers(processor, task, problem) for problem in problems]
+    # 3) Add the gradient of -J to z.grad.
+    stats = add_gradient(model, processor, task, problems, answers, hp)
     parameters = list(progress.parameters.values())
     sum_over_processes(parameters, stats)
+    # 4) A step of AdamW, with a clipped gradient and a learning rate that falls along a cosine.
     stats.grad_norm = nn.utils.clip_grad_norm_(parameters, hp.max_grad_norm).item()
     cosine = math.cos(math.pi * (step - 1) / hp.steps)
     progress.optimizer.param_groups[0]["lr"] = hp.lr * (1 + cosine) / 2
     progress.optimizer.step()
     progress.optimizer.zero_grad()
     stats.step = step
+    stats.mean_length = sum(len(answer.tokens) for answer in sampled) / max(1, len(sampled))
     stats.seconds = time.time() - start_time
-    return stats, answers
+    return stats, sampled
 
 
-def rollout(
-    model,
-    processor,
-    task,
-    problems: list[dict],
-    expert: ExpertOrRows,
-    temperature: float,
-    seed: int,
-) -> list[Answer]:
+def rollout(model, processor, task, problems, expert, temperature, seed) -> list[Answer]:
     """An answer to each problem with its reward. For a task with choices, the likeliest of them."""
     # All problems, or this process's share of them if several train together. Their numbers also
     # seed the answers, so that the split over processes changes nothing.
-    problem_numbers = my_share(range(len(problems)))
+    numbers = my_share(range(len(problems)))
     problems = my_share(problems)
-    expert = select_experts(expert, problem_numbers)
+    expert = select_experts(expert, numbers)
     if task.choices is None:
-        conversations = [task.conversation(problem) for problem in problems]
-        completions = generate_tokens(
-            model,
-            processor,
-            conversations,
-            expert,
-            problem_numbers,
-            max_new_tokens=task.max_new_tokens,
-            temperature=temperature,
-            prefill=task.prefill,
-            seed=seed,
-        )
-        texts = decode(processor, completions)
+        prompts = [task.conversation(problem) for problem in problems]
+        sampling = (task.max_new_tokens, temperature, task.prefill, seed)
+        completions = generate_tokens(model, processor, prompts, expert, numbers, *sampling)
+        texts = prepared_tokenizer(processor).batch_decode(completions, skip_special_tokens=True)
     else:
         completions = [[]] * len(problems)
         texts = likeliest_choices(model, processor, task, problems, expert)
@@ -366,34 +349,48 @@ def rollout(
     return gather_shares(answers)
 
 
-def add_gradient(
-    model, processor, task, problems: list[dict], answers: list[Answer], hp: Hyperparameters
-) -> StepStats:
-    """Adds the gradient of -J (eq. 1), estimated from one answer to each problem."""
-    rewards = torch.tensor([answer.reward for answer in answers], device=model.device)  # (B,)
-    all_advantages = leave_one_out_advantages(rewards) if hp.baseline else rewards
+def add_gradient(model, processor, task, problems, answers: list[list[Answer]], hp) -> StepStats:
+    """Adds the gradient of -J (eq. 1), from the answers to each problem.
+
+    A sampled answer stands for the whole policy. Where a task has choices, all of them are given
+    and weighted with their probability, so that the expectation in ∇J is exact.
+    """
+    rewards = [torch.tensor([answer.reward for answer in own]) for own in answers]
+    advantages = rewards
+    if task.choices is None and hp.baseline:
+        advantages = leave_one_out_advantages(torch.cat(rewards)).split(1)
     # With several processes, each adds the part of its own problems.
-    my_answers, advantages = my_share(answers), my_share(all_advantages)
-    conversations = [task.conversation(problem) for problem in my_share(problems)]
-    lengths = [len(answer.tokens) for answer in my_answers]
-    stats = StepStats(reward=sum(answer.reward for answer in my_answers) / len(answers))
-    budget = hp.token_budget
-    for rows, inputs in batches(
-        model, processor, conversations, task.prefill, lengths, budget, completions_with_logits=1
-    ):
-        completions = [my_answers[row].tokens for row in rows]
+    answers, rewards, advantages = my_share(answers), my_share(rewards), my_share(advantages)
+    prompts = [task.conversation(problem) for problem in my_share(problems)]
+    tokens = [[answer.tokens for answer in own] for own in answers]
+    stats = StepStats()
+    for rows, inputs in batches(model, processor, prompts, task.prefill, tokens, hp.token_budget):
+        completions = [tokens[row] for row in rows]  # N in all
         with checkpointing(model, hp.checkpointing):
-            log_probs = completion_log_probs(model, inputs, completions)  # log π_W'(ŷ|x) of rows
+            log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W'(ŷ|x), (N,)
             ref_log_probs = log_probs.detach()  # at λ = 0 the log ratio is not needed
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
-                    ref_log_probs = completion_log_probs(model, inputs, completions)  # log π_W(ŷ|x)
-            loss = reinforce_loss(log_probs, ref_log_probs, advantages[rows], hp.kl_coef)
+                    ref_log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W
             # Micro-batches, and processes, add up to the mean over all problems.
-            fraction = len(rows) / len(answers)
-            (fraction * loss).backward()
-        stats.kl += fraction * (log_probs.detach() - ref_log_probs).mean().item()
+            weights = torch.ones_like(log_probs) / len(problems)
+            if task.choices is not None:
+                weights = weights * log_probs.detach().exp()
+            advantage = torch.cat([advantages[row] for row in rows]).to(model.device)  # (N,)
+            reinforce_loss(log_probs, ref_log_probs, advantage, hp.kl_coef, weights).backward()
+        reward = torch.cat([rewards[row] for row in rows]).to(model.device)
+        stats.reward += (weights * reward).sum().item()
+        stats.kl += (weights * (log_probs.detach() - ref_log_probs)).sum().item()
     return stats
+
+
+def answer_log_probs(model, task, inputs: dict, completions: list[list[list[int]]]) -> torch.Tensor:
+    """log π of the answers to each prompt, in one tensor (N,): one sample each, or all choices."""
+    if task.choices is None:
+        return completion_log_probs(model, inputs, [own[0] for own in completions])
+    # The policy answers with one of the choices: their probabilities add up to 1.
+    scores = choice_log_probs(model, inputs, completions)
+    return torch.cat([log_probs.log_softmax(0) for log_probs in scores])
 
 
 def completion_log_probs(
@@ -424,12 +421,10 @@ def leave_one_out_advantages(rewards: torch.Tensor) -> torch.Tensor:
     return rewards - other_rewards / max(1, len(rewards) - 1)
 
 
-def reinforce_loss(
-    log_probs: torch.Tensor, ref_log_probs: torch.Tensor, advantages: torch.Tensor, kl_coef: float
-) -> torch.Tensor:
-    """A scalar whose gradient estimates that of -J (eq. 1) from sampled answers; all are (B,)."""
+def reinforce_loss(log_probs, ref_log_probs, advantages, kl_coef: float, weights) -> torch.Tensor:
+    """A scalar whose gradient is the weighted sum of -∇J's terms (eq. 1); the tensors are (N,)."""
     penalty = kl_coef * (log_probs - ref_log_probs).detach()
-    return -(log_probs * (advantages - penalty)).mean()
+    return -(weights * log_probs * (advantages - penalty)).sum()
 
 
 def evaluate(
@@ -438,7 +433,7 @@ def evaluate(
     task: Task,
     problems: list[dict],
     *,
-    expert: ExpertOrRows = None,
+    expert: Experts = None,
 ) -> float:
     """Mean accuracy of greedy answers, in [0, 1]. A reward below 0 counts as 0.
 
@@ -459,24 +454,20 @@ def classify(
     conversations: list[Conversation],
     categories: list[str],
     *,
-    expert: ExpertOrRows = None,
+    expert: Experts = None,
 ) -> list[str]:
-    """Pass 1: the likeliest category of each conversation.
+    """Pass 1: the likeliest category of each conversation. Raises Transformer2Error for categories
+    that are none, doubled or empty.
 
     Strategy A (the prompt) without an expert, B with expert z^c, which is trained to classify.
     """
+    if not categories or len(set(categories)) < len(categories) or not all(categories):
+        raise Transformer2Error(f"categories {categories} should be different names, one or more")
 
     def ask_category(problem: dict) -> list[dict]:
         return category_question(problem["conversation"], categories)
 
-    task = Task(
-        name="classify",
-        problems=None,
-        conversation=ask_category,
-        reward=None,
-        prefill=CATEGORY_PREFILL,
-        choices=list(categories),
-    )
+    task = Task("classify", None, ask_category, None, prefill=CATEGORY_PREFILL, choices=categories)
     problems = [{"conversation": conversation} for conversation in conversations]
     return likeliest_choices(model, processor, task, problems, expert)
 
@@ -495,9 +486,7 @@ def two_pass(
     experts: category -> Expert, or None for the base model; "other" is added. classifier: z^c of
     strategy B. options: of generate. Batches mix the experts, one for each row.
     """
-    categories = [*experts]
-    if "other" not in categories:
-        categories.append("other")
+    categories = list({**experts, "other": None})
     chosen = classify(model, processor, conversations, categories, expert=classifier)
     row_experts = [experts.get(category) for category in chosen]
     answers = generate(model, processor, conversations, expert=row_experts, **options)
@@ -549,9 +538,8 @@ def few_shot(
     K = len(expert_list)
     blocks = model.config.get_text_config().num_hidden_layers if per_layer else 1
     # The search starts with the base model (all α are 0) and every single expert.
-    base_and_experts = np.vstack([np.zeros((1, K)), np.eye(K)])  # (K + 1, K)
-    # The same α in every block.
-    first = np.repeat(base_and_experts[:, :, None], blocks, axis=2)  # (K + 1, K, blocks)
+    first = np.vstack([np.zeros((1, K)), np.eye(K)])  # (K + 1, K)
+    first = np.repeat(first[:, :, None], blocks, axis=2)  # (K + 1, K, blocks), alike in every block
     score = partial(score_mixtures, model, processor, task, problems, expert_list)
     alphas = cross_entropy_method(score, first, population, iterations, seed)
     return mix(expert_list, alphas), torch.tensor(alphas, dtype=torch.float32)
@@ -571,17 +559,14 @@ def score_mixtures(
         all_experts += [mix(experts, alphas)] * len(problems)
     answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
     accuracies = np.array([max(0.0, answer.reward) for answer in answers])
-    # score_choices gives log π of all choices of a problem: here of one, the right answer.
-    right_answers = replace(task, choices=right_answer)
-    scores = score_choices(model, processor, right_answers, all_problems, expert=all_experts)
+    # score_choices gives log π of all choices of a problem: here of one, the worked solution.
+    solutions = replace(
+        task, choices=lambda problem: [str(problem.get("solution", problem["answer"]))]
+    )
+    scores = score_choices(model, processor, solutions, all_problems, expert=all_experts)
     log_likelihoods = np.array([log_probs.item() for log_probs in scores])
     shape = (len(candidates), len(problems))
     return list(zip(accuracies.reshape(shape).mean(1), log_likelihoods.reshape(shape).mean(1)))
-
-
-def right_answer(problem: dict) -> list[str]:
-    """The worked solution of a problem, or else its answer."""
-    return [str(problem["solution"] if "solution" in problem else problem["answer"])]
 
 
 def cross_entropy_method(
@@ -632,13 +617,12 @@ def choice_log_probs(
     and the choices run on these copies. Differentiable, also through the cache.
     """
     if not can_repeat_cache(model, inputs):
-        return choice_log_probs_without_cache(model, inputs, choices)
+        return whole_choice_log_probs(model, inputs, choices)
     counts = [len(own_choices) for own_choices in choices]
     # (N,): [0, 0, 0, 1, 1] for two prompts with 3 and 2 choices
     prompt_of_choice = torch.arange(len(choices)).repeat_interleave(torch.tensor(counts))
     prompt_of_choice = prompt_of_choice.to(model.device)
-    all_choices = [choice for own_choices in choices for choice in own_choices]
-    tokens, mask = pad_right(all_choices, model.device)  # (N, T)
+    tokens, mask = pad_right([choice for own in choices for choice in own], model.device)  # (N, T)
 
     # 1) Every prompt runs once. Its last position predicts the first token of all its choices.
     prompt_output = run_model(model, inputs, logits_to_keep=1, use_cache=True)
@@ -648,21 +632,20 @@ def choice_log_probs(
     # 2) The other tokens of each choice run on a copy of its prompt's cache. Running a token gives
     #    the logits of the next: tokens[:, :-1] run, tokens[:, 1:] are scored.
     if tokens.shape[1] > 1:
-        cache = prompt_output[cache_name(model)]
+        cache_name = "cache" if "cache" in prompt_output else "past_key_values"  # new, old
+        cache = prompt_output[cache_name]
         cache.batch_select_indices(prompt_of_choice)  # in place: row i is a copy of its prompt's
         prompt_mask = inputs["attention_mask"][prompt_of_choice]  # (N, P)
-        choice_inputs = {
-            "input_ids": tokens[:, :-1],
-            "attention_mask": torch.cat([prompt_mask, mask[:, :-1]], dim=1),
-            cache_name(model): cache,
-        }
+        choice_mask = torch.cat([prompt_mask, mask[:, :-1]], dim=1)
+        choice_inputs = {"input_ids": tokens[:, :-1], "attention_mask": choice_mask}
+        choice_inputs[cache_name] = cache
         logits = run_model(model, choice_inputs, use_cache=True).logits  # (N, T - 1, V)
         later_log_probs = token_log_probs(logits, tokens[:, 1:]) * mask[:, 1:]
         log_probs = log_probs + later_log_probs.sum(1)
     return list(log_probs.split(counts))
 
 
-def choice_log_probs_without_cache(model, inputs: dict, choices: list) -> list[torch.Tensor]:
+def whole_choice_log_probs(model, inputs: dict, choices: list) -> list[torch.Tensor]:
     """As choice_log_probs, but prompt and choice run as one sequence, one pass for each choice."""
     columns = []
     for c in range(max(len(own_choices) for own_choices in choices)):
@@ -678,84 +661,36 @@ def can_repeat_cache(model, inputs: dict) -> bool:
     # State-space layers (Mamba) and convolutions keep a state that transformers cannot repeat.
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
     repeatable = {"full_attention", "sliding_attention", "chunked_attention"}
-    if getattr(without_peft(model), "_is_stateful", False) or not set(layer_types) <= repeatable:
-        return False
+    has_state = getattr(without_peft(model), "_is_stateful", False)
+    has_state = has_state or not set(layer_types) <= repeatable
     # Layers under checkpointing run without a cache.
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return False
+    checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     # A z for each row has B rows, but the choices run as N rows.
-    if any(layer.current_z().dim() > 1 for layer in svf_layers(model).values()):
-        return False
+    z_per_row = any(layer.current_z().dim() > 1 for layer in svf_layers(model).values())
     # Pictures change how positions are counted.
-    return not has_pictures(inputs)
-
-
-def choice_loss(log_probs: list, ref_log_probs: list, rewards: list, kl_coef: float) -> tuple:
-    """λ KL minus the expected reward, exactly: it has the gradient of -J (eq. 1).
-
-    This is for a policy that answers with one of the choices: π is renormalised over them. The
-    lists have a tensor (C,) for each problem. Returns the loss, the mean reward, the mean KL.
-    """
-    reward, kl = 0.0, 0.0
-    for own_log_probs, own_ref_log_probs, own_rewards in zip(log_probs, ref_log_probs, rewards):
-        log_pi = own_log_probs.log_softmax(0)  # (C,)
-        log_ratio = log_pi - own_ref_log_probs.log_softmax(0)
-        reward = reward + (log_pi.exp() * own_rewards).sum() / len(rewards)
-        kl = kl + (log_pi.exp() * log_ratio).sum() / len(rewards)
-    return kl_coef * kl - reward, reward.detach(), kl.detach()
-
-
-def add_choice_gradient(model, processor, task, problems, hp: Hyperparameters) -> StepStats:
-    """As add_gradient, for a task with choices: from all choices instead of one answer."""
-    stats = StepStats()
-    my_problems = my_share(problems)
-    all_choices = [choice_tokens(processor, task, problem) for problem in my_problems]
-    for rows, inputs in choice_batches(
-        model, processor, task, my_problems, all_choices, hp.token_budget
-    ):
-        choices = [all_choices[row] for row in rows]
-        rewards = [choice_rewards(model, task, my_problems[row]) for row in rows]
-        fraction = len(rows) / len(problems)
-        with checkpointing(model, hp.checkpointing):
-            log_probs = choice_log_probs(model, inputs, choices)
-            ref_log_probs = [own_log_probs.detach() for own_log_probs in log_probs]
-            if hp.kl_coef > 0:
-                with torch.no_grad(), reference_policy(model):
-                    ref_log_probs = choice_log_probs(model, inputs, choices)
-            loss, reward, kl = choice_loss(log_probs, ref_log_probs, rewards, hp.kl_coef)
-            (fraction * loss).backward()
-        stats.reward += fraction * reward.item()
-        stats.kl += fraction * kl.item()
-    return stats
+    return TEXT_INPUTS.issuperset(inputs) and not (has_state or checkpointed or z_per_row)
 
 
 @torch.no_grad()
 def score_choices(
-    model: Model,
-    processor: Processor,
-    task: Task,
-    problems: list[dict],
-    *,
-    expert: ExpertOrRows = None,
+    model: Model, processor: Processor, task: Task, problems: list[dict], *, expert: Experts = None
 ) -> list[torch.Tensor]:
     """log π of the choices of each problem: a tensor (C,) for each. expert: as for use_expert."""
-    choices = [choice_tokens(processor, task, problem) for problem in problems]
+    prompts = [task.conversation(problem) for problem in problems]
+    tokens = [choice_tokens(processor, task, problem) for problem in problems]
     scores = {}
     budget = TOKEN_BUDGET // 4  # repeated caches are slow in larger batches
-    for rows, inputs in choice_batches(model, processor, task, problems, choices, budget):
+    for rows, inputs in batches(model, processor, prompts, task.prefill, tokens, budget):
         with use_expert(model, select_experts(expert, rows)):
-            batch_scores = choice_log_probs(model, inputs, [choices[row] for row in rows])
+            batch_scores = choice_log_probs(model, inputs, [tokens[row] for row in rows])
         scores.update(zip(rows, batch_scores))
     return [scores[row] for row in range(len(problems))]
 
 
-def likeliest_choices(model, processor, task, problems, expert: ExpertOrRows) -> list[str]:
+def likeliest_choices(model, processor, task, problems, expert: Experts) -> list[str]:
     """The likeliest choice of each problem."""
     scores = score_choices(model, processor, task, problems, expert=expert)
-    texts = []
-    for problem, log_probs in zip(problems, scores):
-        texts.append(choices_of(task, problem)[log_probs.argmax()])
-    return texts
+    return [choices_of(task, problem)[row.argmax()] for problem, row in zip(problems, scores)]
 
 
 def choices_of(task: Task, problem: dict) -> list[str]:
@@ -767,38 +702,36 @@ def choices_of(task: Task, problem: dict) -> list[str]:
     return choices
 
 
-def choice_rewards(model, task: Task, problem: dict) -> torch.Tensor:
-    """The rewards of a problem's choices, (C,)."""
-    rewards = [float(task.reward(text, problem)) for text in choices_of(task, problem)]
-    return torch.tensor(rewards, device=model.device)
+def choice_answers(processor, task: Task, problem: dict) -> list[Answer]:
+    """All choices of a problem as answers, with their rewards."""
+    answers = []
+    for text, tokens in zip(choices_of(task, problem), choice_tokens(processor, task, problem)):
+        answers.append(Answer(tokens, text, float(task.reward(text, problem))))
+    return answers
 
 
 def choice_tokens(processor, task: Task, problem: dict) -> list[list[int]]:
-    """Token ids of the choices of a problem.
+    """Token ids of the choices of a problem. After a prefill they begin with a blank.
 
-    If one begins another ("math", "mathematics") all get an end token, or the shorter would always
-    be the likelier. If the prompt is plain text, no end token is added: benchmarks do it that way.
-    A prefill is followed by a space.
+    If one choice begins another ("math", "mathematics") all get an end token, or the shorter would
+    always be the likelier. After a prompt of plain text they do not: benchmarks do it that way.
     """
     tokenizer = prepared_tokenizer(processor)
     prompt = task.conversation(problem)
+    is_plain = isinstance(prompt, str)
     # The text just before a choice; after a chat template that is only the prefill.
-    before = prompt + task.prefill if isinstance(prompt, str) else task.prefill
-    choices = []
-    for text in choices_of(task, problem):
-        if task.prefill and not text[:1].isspace():
-            text = " " + text
-        choices.append(continuation(tokenizer, before, text))
-    begins_another = False
-    for shorter in choices:
-        for longer in choices:
-            if len(shorter) < len(longer) and longer[: len(shorter)] == shorter:
-                begins_another = True
-    if begins_another and not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
-        choices = [[*choice, tokenizer.eos_token_id] for choice in choices]
-    return choices
+    before = prompt + task.prefill if is_plain else task.prefill
+    texts = choices_of(task, problem)
+    if task.prefill:
+        texts = [text if text[:1].isspace() else " " + text for text in texts]
+    tokens = [continuation(tokenizer, before, text) for text in texts]
+    begins_another = any(a != b and b.startswith(a) for a in texts for b in texts)
+    if begins_another and not is_plain and tokenizer.eos_token_id is not None:
+        tokens = [[*choice, tokenizer.eos_token_id] for choice in tokens]
+    return tokens
 
 
+@lru_cache(maxsize=10_000)  # a search asks for the same choices again and again
 def continuation(tokenizer, before: str, text: str) -> list[int]:
     """Token ids of a text that follows another: those of "is math" without those of "is".
 
@@ -806,33 +739,12 @@ def continuation(tokenizer, before: str, text: str) -> list[int]:
     One word before it is, as tokens do not cross spaces. If the two share a token after all, the
     text is tokenized alone.
     """
-    words = before.split()
-    last_word = words[-1] if words else ""
+    last_word = before.split(" ")[-1]
     start = tokenizer(last_word, add_special_tokens=False)["input_ids"]
     joint = tokenizer(last_word + text, add_special_tokens=False)["input_ids"]
     if joint[: len(start)] == start:
         return joint[len(start) :]
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def choice_batches(model, processor, task, problems, choices: list, budget: int) -> Iterator[tuple]:
-    """Yields (row numbers, encoded prompts) for choice_log_probs.
-
-    A prompt counts once for itself and once for each of its choices, as its cache is repeated, so
-    the budget is divided by the number of these copies.
-    """
-    conversations = [task.conversation(problem) for problem in problems]
-    longest = [max(len(choice) for choice in own_choices) for own_choices in choices]
-    most = max([len(own_choices) for own_choices in choices], default=1)
-    return batches(
-        model,
-        processor,
-        conversations,
-        task.prefill,
-        longest,
-        budget // (1 + most),
-        completions_with_logits=most,
-    )
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -843,7 +755,7 @@ def generate(
     processor: Processor,
     conversations: list[Conversation],
     *,
-    expert: ExpertOrRows = None,
+    expert: Experts = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     prefill: str = "",
@@ -859,39 +771,26 @@ def generate(
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     check_seed(seed)
+    numbers = range(len(conversations))
     completions = generate_tokens(
-        model,
-        processor,
-        conversations,
-        expert,
-        range(len(conversations)),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        prefill=prefill,
-        seed=seed,
+        model, processor, conversations, expert, numbers, max_new_tokens, temperature, prefill, seed
     )
-    return decode(processor, completions)
+    return prepared_tokenizer(processor).batch_decode(completions, skip_special_tokens=True)
 
 
 def generate_tokens(
-    model,
-    processor,
-    conversations: list[Conversation],
-    expert: ExpertOrRows,
-    stream_numbers: range,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    prefill: str,
-    seed: int,
+    model, processor, conversations, expert, numbers, max_new_tokens, temperature, prefill, seed
 ) -> list[list[int]]:
     """Token ids of the answers, end token included. Parameters as for generate.
 
-    Answer i is drawn from the random stream (seed, stream_numbers[i]), whatever its batch.
+    Answer i is drawn from the random stream (seed, numbers[i]), whatever its batch.
     """
     tokenizer = prepared_tokenizer(processor)
-    ends = end_tokens(model, tokenizer)
-    # A model must not write this token: it would expect a picture for it.
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    ends = [] if ends is None else np.ravel(ends).tolist()
+    # A model must not write the token for a picture: it would expect one.
     image_token = getattr(processor, "image_token_id", None)
     settings = GenerationConfig(
         do_sample=False,  # a RowSampler turns greedy decoding into sampling
@@ -899,30 +798,29 @@ def generate_tokens(
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=None if image_token is None else [image_token],
     )
-    new_lengths = [max_new_tokens] * len(conversations)
+    # generate() would fill what our settings leave open from the model's generation_config
+    # (top_k, repetition_penalty, ...). So they replace that for the call.
+    causal_lm = without_peft(model)
+    our_settings = [(causal_lm, "generation_config", settings)]
+    new_tokens = [[range(max_new_tokens)]] * len(conversations)
     completions = {}
     for rows, inputs in batches(
-        model, processor, conversations, prefill, new_lengths, TOKEN_BUDGET
+        model, processor, conversations, prefill, new_tokens, TOKEN_BUDGET, keeps_logits=False
     ):
         samplers = []
         if temperature > 0:
-            row_seeds = [seed * 1_000_003 + stream_numbers[row] for row in rows]
+            row_seeds = [seed * 1_000_003 + numbers[row] for row in rows]
             samplers.append(RowSampler(model.device, row_seeds, temperature))
-        # A prompt near the end of the context is alone in its batch (see group_rows), so this cuts
-        # no other answer.
+        # A prompt near the end of the context is alone in its batch (see batches), so this cuts no
+        # other answer.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
-        # generate() would fill what our settings leave open from the model's generation_config
-        # (top_k, repetition_penalty, ...). So they replace that for the call.
-        causal_lm = without_peft(model)
-        with (
-            use_expert(model, select_experts(expert, rows)),
-            changed([(causal_lm, "generation_config", settings)]),
-        ):
+        with use_expert(model, select_experts(expert, rows)), changed(our_settings):
             sequences = causal_lm.generate(**inputs, logits_processor=samplers)  # (B, P + T)
         prompt_length = inputs["input_ids"].shape[1]
         for row, tokens in zip(rows, sequences[:, prompt_length:].tolist()):
-            completions[row] = until_end(tokens, ends)
+            stops = [t + 1 for t, token in enumerate(tokens) if token in ends]
+            completions[row] = tokens[: stops[0]] if stops else tokens
     return [completions[row] for row in range(len(conversations))]
 
 
@@ -936,9 +834,8 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, device: torch.device, row_seeds: list[int], temperature: float):
         self.temperature = temperature
-        self.generators = []
-        for row_seed in row_seeds:  # % 2**63: what torch takes
-            self.generators.append(torch.Generator(device).manual_seed(row_seed % 2**63))
+        # % 2**63: what torch takes
+        self.generators = [torch.Generator(device).manual_seed(s % 2**63) for s in row_seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = torch.empty_like(scores, dtype=torch.float32)  # (B, V)
@@ -948,43 +845,16 @@ class RowSampler(LogitsProcessor):
         return scores.float() / self.temperature - noise.log()
 
 
-def step_seed(hp: Hyperparameters, step: int) -> int:
-    """A seed for each step. The factor only keeps the steps of different seeds apart."""
-    return hp.seed * 100_003 + step
-
-
 def check_seed(seed: int) -> None:
     """Raises Transformer2Error for a seed that is negative or over 2^31."""
     if not 0 <= seed <= 2**31:
         raise Transformer2Error(f"the seed {seed} is out of range: take one from 0 to 2^31")
 
 
-def end_tokens(model, tokenizer) -> list[int]:
-    """The tokens that end an answer: those of the model's settings, or else the tokenizer's."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return [] if ends is None else np.ravel(ends).tolist()
-
-
-def until_end(tokens: list[int], ends: list[int]) -> list[int]:
-    """The tokens up to the first that ends an answer, that one included."""
-    for t, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: t + 1]
-    return tokens
-
-
-def decode(processor, completions: list[list[int]]) -> list[str]:
-    """The texts of completions, without end tokens and the like."""
-    tokenizer = prepared_tokenizer(processor)
-    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in completions]
-
-
 # ---- Prompts and batches -------------------------------------------------------------------------
 
 CATEGORY_PREFILL = "The category of this question is"
-CATEGORY_GUIDE = {  # as the paper's prompt explains its categories
+CATEGORY_GUIDE = {  # after the paper's prompt, shortened
     "code": "asking for programming solutions",
     "math": "involving calculations",
     "reasoning": "requiring logic or knowledge of science",
@@ -1000,15 +870,14 @@ LOGIT_BUDGET = 2**28  # logits of a batch: 1 GiB in float32
 
 
 def category_question(conversation: Conversation, categories: list[str]) -> list[dict]:
-    """The conversation of pass 1: asks for the category, then repeats the last message."""
+    """The conversation of pass 1: asks for the category, before the text of the last message."""
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
     *earlier, last = conversation
     question = f"Classify the question into one of these categories: {', '.join(categories)}.\n"
     if set(categories) <= set(CATEGORY_GUIDE):
-        for number, category in enumerate(categories, 1):
-            guide = CATEGORY_GUIDE[category]
-            question += f"{number}. {category.capitalize()}: questions {guide}.\n"
+        for number, name in enumerate(categories, 1):
+            question += f"{number}. {name.capitalize()}: questions {CATEGORY_GUIDE[name]}.\n"
     if isinstance(last["content"], str):
         content = f"{question}\n{last['content']}"
     else:  # a list of texts and pictures
@@ -1033,13 +902,13 @@ def encode(
     Pictures add tensors of their own. Raises Transformer2Error for a prompt that is longer than
     the context or cannot be encoded.
     """
-    tokenizer = prepared_tokenizer(processor)
+    has_vision = hasattr(processor, "image_processor")
     try:
         if isinstance(conversations[0], str):
             texts = [text + prefill for text in conversations]
-            inputs = tokenizer(texts, padding=True, return_tensors="pt")
+            inputs = prepared_tokenizer(processor)(texts, padding=True, return_tensors="pt")
         else:
-            inputs = apply_chat_template(processor, conversations, prefill)
+            inputs = apply_chat_template(processor, conversations, prefill, has_vision)
     except Exception as error:  # many kinds: an unknown role, a picture that does not load
         reason = f"a prompt cannot be encoded, check its roles and pictures: {error}"
         raise Transformer2Error(reason.splitlines()[0]) from error
@@ -1047,44 +916,30 @@ def encode(
     if length >= context:
         reason = f"a prompt has {length} tokens, but the model's context ends at {context}"
         raise Transformer2Error(f"{reason}: shorten it")
-    names = list(inputs)
-    if not has_vision(processor):  # language models do not take token_type_ids
-        names = ["input_ids", "attention_mask"]
+    # Language models do not take token_type_ids.
+    names = list(inputs) if has_vision else ["input_ids", "attention_mask"]
     return {name: inputs[name].to(model.device) for name in names}
 
 
-def apply_chat_template(processor, conversations: list[list[dict]], prefill: str) -> dict:
+def apply_chat_template(processor, conversations, prefill: str, has_vision: bool) -> dict:
     """Conversations through the chat template. A prefill is the start of the assistant's turn."""
     tokenizer = prepared_tokenizer(processor)
     if not processor.chat_template and not tokenizer.chat_template:
         print("note: no chat template, so prompts read 'User: ...'", file=sys.stderr)
         processor.chat_template = tokenizer.chat_template = FALLBACK_TEMPLATE
-    messages = [template_messages(processor, prompt, prefill) for prompt in conversations]
-    padding = {"padding": True}
-    if has_vision(processor):
-        padding = {"processor_kwargs": padding}
-    return processor.apply_chat_template(
-        messages,
-        add_generation_prompt=not prefill,
-        continue_final_message=bool(prefill),
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        **padding,
-    )
-
-
-def template_messages(processor, conversation: list[dict], prefill: str) -> list[dict]:
-    """A conversation with its prefill, as the chat template takes it."""
-    messages = [dict(message) for message in conversation]
-    if prefill:
-        messages.append({"role": "assistant", "content": prefill})
-    for message in messages:
-        if has_vision(processor):
-            message["content"] = content_parts(message["content"])
-        elif not isinstance(message["content"], str):
-            raise ValueError("it has a picture, but the model reads only text")
-    return messages
+    start = [{"role": "assistant", "content": prefill}] if prefill else []
+    prompts = []
+    for conversation in conversations:
+        prompts.append([dict(message) for message in [*conversation, *start]])
+        for message in prompts[-1]:
+            if has_vision:
+                message["content"] = content_parts(message["content"])
+            elif not isinstance(message["content"], str):
+                raise ValueError("it has a picture, but the model reads only text")
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    options |= {"add_generation_prompt": not prefill, "continue_final_message": bool(prefill)}
+    options |= {"processor_kwargs": {"padding": True}} if has_vision else {"padding": True}
+    return processor.apply_chat_template(prompts, **options)
 
 
 def content_parts(content: str | list[dict]) -> list[dict]:
@@ -1098,65 +953,47 @@ def content_parts(content: str | list[dict]) -> list[dict]:
     return parts
 
 
-def has_vision(processor) -> bool:
-    """True for the processor of a model that takes pictures."""
-    return hasattr(processor, "image_processor")
-
-
 def batches(
-    model,
-    processor,
-    conversations: list[Conversation],
-    prefill: str,
-    new_lengths: list[int],
-    budget: int,
-    completions_with_logits: int = 0,
+    model, processor, conversations, prefill, completions: list, budget: int, keeps_logits=True
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yields (row numbers, encoded prompts) of batches of at most `budget` tokens.
+    """Yields (row numbers, encoded prompts) of batches of at most `budget` tokens, padded.
 
-    new_lengths: the tokens that follow each prompt. They count, and so does padding.
-    completions_with_logits: for how many completions of each prompt all logits are kept;
-    LOGIT_BUDGET bounds them. 0, as in generation: no bound.
+    completions: the texts that follow each prompt, lists of tokens. The prompt counts once for each
+    of them, as its cache is repeated. keeps_logits: all their logits are kept, so LOGIT_BUDGET
+    bounds them, too.
     """
-    # Encode everything once to know the lengths; 256 prompts at a time, as pictures are large.
-    lengths = []
-    for start in range(0, len(conversations), 256):
-        inputs = encode(model, processor, conversations[start : start + 256], prefill)
-        lengths += inputs["attention_mask"].sum(1).tolist()
-    logit_tokens = math.inf  # how many new tokens of a batch may have logits
-    if completions_with_logits > 0:
-        vocabulary = model.config.get_text_config().vocab_size
-        logit_tokens = LOGIT_BUDGET // (completions_with_logits * vocabulary)
-    groups = group_rows(lengths, new_lengths, budget, logit_tokens, context_length(model))
-    for rows in tqdm(groups, leave=False, delay=3, disable=None):
-        yield rows, encode(model, processor, [conversations[row] for row in rows], prefill)
-
-
-def group_rows(
-    lengths: list[int], new_lengths: list[int], budget: int, logit_tokens: float, context: int
-) -> list[list[int]]:
-    """Row numbers in groups of similar length, for batches.
-
-    A group is padded to its longest prompt and longest new text. It may have `budget` tokens in
-    all, and `logit_tokens` new ones. A row that may exceed the context stays alone, as its answer
-    has less room than others.
-    """
+    # 1) The lengths of the prompts (with pictures 256 at a time, as these are large), and of the
+    #    texts that follow.
+    has_vision = hasattr(processor, "image_processor")
+    lengths, at_once = [], 256 if has_vision else max(1, len(conversations))
+    for start in range(0, len(conversations), at_once):
+        encoded = encode(model, processor, conversations[start : start + at_once], prefill)
+        lengths += encoded["attention_mask"].sum(1).tolist()
+    new_lengths = [max(len(completion) for completion in own) for own in completions]
     totals = [length + new_length for length, new_length in zip(lengths, new_lengths)]
-    longest_first = sorted(range(len(totals)), key=lambda row: totals[row], reverse=True)
+    # 2) Groups of rows of similar length, the longest first.
+    vocabulary = model.config.get_text_config().vocab_size if keeps_logits else 0
     groups = []
-    for row in longest_first:
-        if groups:
-            group = [*groups[-1], row]  # the last group with this row
-            longest_prompt = max(lengths[i] for i in group)
-            longest_new = max(new_lengths[i] for i in group)
-            too_many_tokens = len(group) * (longest_prompt + longest_new) > budget
-            too_many_logits = len(group) * longest_new > logit_tokens
-            too_long = max(totals[i] for i in group) > context
-        if not groups or too_many_tokens or too_many_logits or too_long:
+    for row in sorted(range(len(totals)), key=lambda row: totals[row], reverse=True):
+        group = [*groups[-1], row] if groups else [row]  # the last group with this row
+        num_completions = len(group) * max(len(completions[i]) for i in group)
+        longest_new = max(new_lengths[i] for i in group)
+        num_tokens = num_completions * (max(lengths[i] for i in group) + longest_new)
+        num_logits = num_completions * longest_new * vocabulary
+        # A row that may exceed the context stays alone, as its answer has less room than others.
+        is_too_long = totals[group[0]] > context_length(model)
+        if len(group) == 1 or is_too_long or num_tokens > budget or num_logits > LOGIT_BUDGET:
             groups.append([row])
         else:
-            groups[-1].append(row)
-    return groups
+            groups[-1] = group
+    # 3) The rows of each group without common padding. Tensors of pictures have other rows.
+    for rows in tqdm(groups, leave=False, delay=3, disable=None):
+        if has_vision:
+            inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
+        else:
+            longest = max(lengths[row] for row in rows)
+            inputs = {name: tensor[rows, -longest:] for name, tensor in encoded.items()}
+        yield rows, inputs
 
 
 def pad_right(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1168,19 +1005,21 @@ def pad_right(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor
 
 def append_tokens(inputs: dict, tokens: torch.Tensor, mask: torch.Tensor) -> dict:
     """Prompts with tokens after them. The tensors of pictures are kept."""
-    sequences = {}
+    sequences = dict(inputs)
     for name, tensor in inputs.items():
-        if name == "input_ids":
-            tensor = torch.cat([tensor, tokens], dim=1)
-        elif name == "attention_mask":
-            tensor = torch.cat([tensor, mask], dim=1)
-        elif tensor.shape == inputs["input_ids"].shape:  # token_type_ids: 0 is text
-            tensor = F.pad(tensor, (0, tokens.shape[1]))
-        sequences[name] = tensor
+        if (
+            name not in ("input_ids", "attention_mask")
+            and tensor.shape == inputs["input_ids"].shape
+        ):
+            sequences[name] = F.pad(tensor, (0, tokens.shape[1]))  # token_type_ids: 0 is text
+    sequences["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
+    sequences["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
     return sequences
 
 
 # ---- Models and layers ---------------------------------------------------------------------------
+
+TEXT_INPUTS = {"input_ids", "attention_mask", "cache", "past_key_values"}  # others are of pictures
 
 
 def run_model(model, inputs: dict, logits_to_keep: int = 0, use_cache: bool = False):
@@ -1191,26 +1030,15 @@ def run_model(model, inputs: dict, logits_to_keep: int = 0, use_cache: bool = Fa
         options["logits_to_keep"] = logits_to_keep
     # Positions count real tokens only, so that left padding does not shift a prompt. With a cache
     # the mask is longer than the input. With pictures the model counts by itself.
-    if "position_ids" in accepted and not has_pictures(inputs):
+    if "position_ids" in accepted and TEXT_INPUTS.issuperset(inputs):
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         options["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
     return model(**inputs, **options)
 
 
-def has_pictures(inputs: dict) -> bool:
-    """True if a model's inputs hold more than text, its mask and a cache."""
-    return not set(inputs) <= {"input_ids", "attention_mask", "cache", "past_key_values"}
-
-
 def without_peft(model) -> Model:
     """The model of transformers, which a PEFT model wraps."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def cache_name(model) -> str:
-    """What the model calls its key-value cache: transformers 5.24 renamed it."""
-    is_new = "cache" in inspect.signature(without_peft(model).forward).parameters
-    return "cache" if is_new else "past_key_values"
 
 
 def context_length(model) -> int:
@@ -1234,15 +1062,14 @@ def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextMana
     layers inside it stay in eval mode, so that nothing else changes.
     """
     changes = []
+    run_block = partial(run_checkpointed, use_reentrant=False)
     for block in model.modules():
         if enabled and isinstance(block, GradientCheckpointingLayer):
-            run_block = partial(run_checkpointed, use_reentrant=False)
-            changes.append((block, "_gradient_checkpointing_func", run_block))
-            changes.append((block, "gradient_checkpointing", True))
-            changes.append((block, "training", True))
+            new_values = {"gradient_checkpointing": True, "training": True}
+            new_values["_gradient_checkpointing_func"] = run_block
             # Some blocks call dropout themselves, with a rate of their own.
-            rates = [name for name in vars(block) if name.endswith("dropout")]
-            changes += [(block, name, 0.0) for name in rates]
+            new_values |= {name: 0.0 for name in vars(block) if name.endswith("dropout")}
+            changes += [(block, name, value) for name, value in new_values.items()]
     if enabled and not changes:
         raise Transformer2Error("this model cannot be checkpointed: leave checkpointing off")
     return changed(changes)
@@ -1277,17 +1104,13 @@ TARGETS = {
 
 
 def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
-    """The layers that targets name. Raises Transformer2Error if there are none.
-
-    Some mixtures of experts keep a matrix for each of their experts in a single tensor. These are
-    left out, with a printed note.
-    """
-    kinds = f"{', '.join(TARGETS)} or a regular expression over layer names"
+    """The layers that targets name. Raises Transformer2Error if there are none."""
+    way_out = f"use {', '.join(TARGETS)} or a regular expression over layer names"
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
     except re.error as error:
         reason = f"targets {targets!r} match no layer, as they are no regular expression"
-        raise Transformer2Error(f"{reason}: use {kinds}") from error
+        raise Transformer2Error(f"{reason}: {way_out}") from error
     layers = {}
     for name, module in model.named_modules():
         is_linear = isinstance(module, nn.Linear | Conv1D)
@@ -1295,23 +1118,18 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
         if is_linear and not is_head and pattern.search(name):
             if module.weight.element_size() > 1:  # 1 byte: a quantised layer
                 layers[name] = module
-    fused = []  # a tensor (experts, m, n) holds a matrix for each expert of the mixture
+    # Some mixtures of experts keep a matrix for each expert in one tensor of three dimensions.
+    fused = []
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3 and "conv" not in name and pattern.search(name):
             fused.append(name)
-    note = ""
-    if fused:
-        note = f"{len(fused)} fused weights of mixtures of experts ({fused[0]}) cannot be adapted"
+    note = f"{len(fused)} fused weights of mixtures of experts ({fused[:1]}) cannot be adapted"
     if not layers:
         reason = f"targets {targets!r} match no linear layer, or only quantised ones"
-        if fused:
-            reason += f"; {note}"
-        raise Transformer2Error(f"{reason}: use {kinds}")
+        reason += f"; {note}" if fused else ""
+        raise Transformer2Error(f"{reason}: {way_out}")
     if fused:
-        print(
-            f"note: {note}; {len(layers)} layers ({next(iter(layers))}) are adapted",
-            file=sys.stderr,
-        )
+        print(f"note: {note}; {len(layers)} layers ({[*layers][0]}) are", file=sys.stderr)
     return layers
 
 
@@ -1326,12 +1144,12 @@ def spread_over_rows(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     raise Transformer2Error(f"{reason}: give one for each, or one for all")
 
 
-def stack_experts(expert: ExpertOrRows, layers: dict[str, SVFLinear]) -> dict[str, torch.Tensor]:
+def stack_experts(expert: Experts, layers: dict[str, SVFLinear]) -> dict[str, torch.Tensor]:
     """Layer name -> z of an expert (r,), or of one expert for each row (B, r); see use_expert."""
     row_experts = expert if isinstance(expert, list) else [expert]
     row_experts = [row_expert or {} for row_expert in row_experts]  # None: z = 1 everywhere
     for row_expert in row_experts:
-        check_expert(row_expert, layers, "the expert")
+        check_shapes({name: z.shape for name, z in row_expert.items()}, layers)
     stacked = {}
     for name, layer in layers.items():
         # A mixture-of-experts layer gets tokens that a router picked from all rows.
@@ -1344,17 +1162,17 @@ def stack_experts(expert: ExpertOrRows, layers: dict[str, SVFLinear]) -> dict[st
     return stacked
 
 
-def select_experts(expert: ExpertOrRows, rows: list[int]) -> ExpertOrRows:
+def select_experts(expert: Experts, rows: list[int]) -> Experts:
     """The experts of some rows, where every row has its own."""
     return [expert[row] for row in rows] if isinstance(expert, list) else expert
 
 
-def check_expert(expert: Expert, layers: dict[str, SVFLinear], what: str | Path) -> None:
-    """Raises Transformer2Error unless every z of an expert fits its layer."""
-    for name, z in expert.items():
-        if name not in layers or layers[name].s.shape != z.shape:
-            reason = f"{what} is for another model or other targets"
-            raise Transformer2Error(f"{reason}: {name} {[*z.shape]} does not fit")
+def check_shapes(shapes: dict, layers: dict[str, SVFLinear]) -> None:
+    """Raises Transformer2Error unless every z of an expert, given by its shape, fits its layer."""
+    for name, shape in shapes.items():
+        if name not in layers or [*layers[name].s.shape] != [*shape]:
+            reason = "the expert is for another model or other targets"
+            raise Transformer2Error(f"{reason}: {name} {[*shape]} does not fit")
 
 
 # ---- Training: its progress, several processes ---------------------------------------------------
@@ -1364,30 +1182,24 @@ class Progress:
     """The state of a training run, with which it can be resumed with the same result."""
 
     def __init__(self, model: Model, task: Task, hp: Hyperparameters):
-        self.parameters = {}  # what trains; after apply_svf: layer name -> z
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                self.parameters[name.removesuffix(".z")] = parameter
+        # What trains; after apply_svf: layer name -> z.
+        trainable = [(name, z) for name, z in model.named_parameters() if z.requires_grad]
+        self.parameters = {name.removesuffix(".z"): z for name, z in trainable}
         if not self.parameters:
             raise Transformer2Error("nothing in the model requires gradients: call apply_svf first")
         # Without weight decay, which would pull z to 0.
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=hp.lr, weight_decay=0.0)
-        self.start = self.trained_values()
+        self.start = self.values()
         self.next_step = 0
-        self.best = self.start
-        self.best_score = -1.0
-        # load compares these and names those that differ. Two do not change the result.
-        result_settings = asdict(hp)
-        del result_settings["token_budget"], result_settings["checkpointing"]
-        self.settings = {
-            **result_settings,
-            "task": task.name,
-            "token limit": task.max_new_tokens,
-            "model": model.config._name_or_path,
-            "layers": [f"{name} {[*z.shape]}" for name, z in self.start.items()],
-        }
+        self.best, self.best_score = self.start, -1.0
+        # load compares these and names those that differ.
+        layers = [f"{name} {[*z.shape]}" for name, z in self.start.items()]
+        self.settings = {**asdict(hp), "task": task.name, "token limit": task.max_new_tokens}
+        self.settings |= {"model": model.config._name_or_path, "layers": layers}
+        # A run may go on with others of these, as they do not change the result.
+        del self.settings["token_budget"], self.settings["checkpointing"]
 
-    def trained_values(self) -> Expert:
+    def values(self) -> Expert:
         """A copy of what trains."""
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
@@ -1397,15 +1209,10 @@ class Progress:
             parameter.copy_(values[name])
 
     def save(self, path: str | Path) -> None:
-        state = {
-            "settings": self.settings,
-            "next_step": self.next_step,
-            "best": self.best,
-            "best_score": self.best_score,
-            "values": self.trained_values(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        write_whole(path, lambda temporary: torch.save(state, temporary))
+        state = {"settings": self.settings, "next_step": self.next_step, "values": self.values()}
+        state |= {"best": self.best, "best_score": self.best_score}
+        state["optimizer"] = self.optimizer.state_dict()
+        write_whole(path, partial(torch.save, state))
 
     def load(self, path: str | Path) -> None:
         """Raises Transformer2Error for a damaged file, or one of a run with other settings."""
@@ -1414,27 +1221,14 @@ class Progress:
             theirs = state["settings"]
         except Exception as error:
             raise Transformer2Error(f"cannot read {path}: delete it to begin again") from error
-        settings = self.settings.items()
-        differing = [name for name, value in settings if theirs.get(name) != value]
+        differing = [name for name in self.settings if theirs.get(name) != self.settings[name]]
         if differing:
             reason = f"{path} belongs to a run with another {', '.join(differing)}"
             raise Transformer2Error(f"{reason}: go on with the same, or delete it")
         self.next_step = state["next_step"]
-        self.best = state["best"]
-        self.best_score = state["best_score"]
+        self.best, self.best_score = state["best"], state["best_score"]
         self.set_values(state["values"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def describe(stats: StepStats) -> str:
-    """One line about a step."""
-    line = f"step {stats.step:3}"
-    if stats.step > 0:
-        line += f"  reward {stats.reward:+.3f}  KL {stats.kl:.4f}  gradient {stats.grad_norm:.2e}"
-        line += f"  {stats.seconds:.1f} s"
-    if stats.validation is not None:
-        line += f"  validation {stats.validation:.1%}"
-    return line
 
 
 def process_rank() -> int:
@@ -1453,12 +1247,10 @@ def gather_shares(values: list) -> list:
     """The results of all processes for their shares, in the order of the whole sequence."""
     if not distributed.is_initialized():
         return values
-    shares = [None] * distributed.get_world_size()
+    n = distributed.get_world_size()
+    shares = [None] * n
     distributed.all_gather_object(shares, values)
-    gathered = [None] * sum(len(share) for share in shares)
-    for rank, share in enumerate(shares):
-        gathered[rank :: len(shares)] = share
-    return gathered
+    return [shares[i % n][i // n] for i in range(sum(len(share) for share in shares))]
 
 
 def sum_over_processes(parameters: list[nn.Parameter], stats: StepStats) -> None:
@@ -1478,61 +1270,97 @@ def sum_over_processes(parameters: list[nn.Parameter], stats: StepStats) -> None
 
 
 def save_expert(expert: Expert, path: str | Path, **about: object) -> None:
-    """Writes a safetensors file in float32, whole or not at all. about: facts for its header."""
-    tensors = {name: z.detach().float().cpu().contiguous() for name, z in expert.items()}
-    header = {key: str(value) for key, value in about.items()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    """Writes a safetensors file in float32, whole or not at all. about: facts for its header.
+
+    Equal experts with equal facts give equal bytes.
+    """
+    tensors = {name: expert[name].detach().float().cpu().contiguous() for name in sorted(expert)}
+    header = {"transformer2": expert_header(tensors, about)}
+    write_whole(path, partial(save_file, tensors, metadata=header))
+
+
+def expert_header(expert: Expert, about: dict) -> str:
+    """Facts about an expert as one JSON object, with a format number and a checksum of it all."""
+    facts = json.dumps(about, sort_keys=True, default=str)
+    checksum = hashlib.sha256(facts.encode())
+    for name in sorted(expert):
+        checksum.update(name.encode() + expert[name].numpy().tobytes())
+    header = {"format": 1, "about": json.loads(facts), "sha256": checksum.hexdigest()}
+    return json.dumps(header, sort_keys=True)
+
+
+def expert_facts(path: str | Path) -> dict:
+    """What save_expert was told about an expert. Raises ValueError for a damaged header."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if "transformer2" in metadata:
+        return json.loads(metadata["transformer2"])["about"]
+    if "sha256" in str(metadata):
+        raise ValueError("its header is damaged")
+    return metadata  # of a file from before the format had a number
 
 
 def load_expert(path: str | Path, model: Model | None = None) -> Expert:
     """Reads an expert: a file of save_expert, or a .pt file of the paper's authors.
 
     model: for a check of names and shapes; the authors' files need it. Raises Transformer2Error
-    for a file that cannot be read or does not fit the model.
+    for a file that is damaged, holds anything but finite numbers, or does not fit the model.
     """
-    is_authors = str(path).endswith(".pt")
-    if is_authors and model is None:
-        raise Transformer2Error(f"{path} is a file of the authors: load it with a model")
     try:
-        if is_authors:
-            expert = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            expert = load_file(path)
+        if str(path).endswith(".pt"):
+            return load_authors_expert(path, model)
+        facts = expert_facts(path)
+        with safe_open(path, "pt") as file:
+            if model is not None:  # before a tensor is read
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+                check_shapes(shapes, svf_layers(model))
+                blocks = model.config.get_text_config().num_hidden_layers
+                if str(facts.get("blocks", blocks)) != str(blocks):
+                    raise ValueError(f"it is for {facts['blocks']} blocks, the model has {blocks}")
+            expert = {name: file.get_tensor(name) for name in file.keys()}
+            header = (file.metadata() or {}).get("transformer2")
+        check_values(expert)
+        if header is not None and header != expert_header(expert, facts):
+            raise ValueError("it is damaged, or of a later format: its checksum is another")
     except Exception as error:  # a damaged file raises errors of many kinds
-        reason = f"cannot read the expert {path}: {type(error).__name__}, {error}"
+        reason = f"cannot use the expert {path}: {error}"
         raise Transformer2Error(reason.splitlines()[0]) from error
-    if model is None:
-        return expert
-    layers = svf_layers(model)
-    if is_authors:
-        expert = convert_authors_expert(expert, layers)
-    check_expert(expert, layers, path)
     return expert
 
 
-def convert_authors_expert(expert: Expert, layers: dict[str, SVFLinear]) -> Expert:
+def check_values(expert: Expert) -> None:
+    """Raises ValueError unless an expert is a dict of tensors of finite floating-point numbers."""
+    if not isinstance(expert, dict) or not expert:
+        raise ValueError("it holds no tensors")
+    for name, z in expert.items():
+        is_tensor = isinstance(name, str) and isinstance(z, torch.Tensor)
+        if not is_tensor or not z.is_floating_point() or not z.isfinite().all():
+            raise ValueError(f"{name} is no tensor of finite floating-point numbers")
+
+
+def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
     """The z's of the authors' checkpoint, in the paper's terms.
 
     They learn p with z = sigmoid(p), and multiply W' by sum(s) / sum(s * z), which keeps the sum
-    of the singular values. Here both become a part of z. What fits no layer keeps its name, which
-    check_expert then reports.
+    of the singular values. Here both become a part of z.
     """
+    if model is None:
+        raise ValueError("it is a file of the authors: give the model, too")
+    parameters = torch.load(path, map_location="cpu", weights_only=True)
+    check_values(parameters)
+    layers = svf_layers(model)
     mlp_names = [name for name in layers if "mlp" in name]
-    converted = {}
-    for key, p in expert.items():
-        number = key.rpartition(".")[2]
+    expert = {}
+    for key, p in parameters.items():
+        name = key.removesuffix(".weight")  # model.layers.0.mlp.gate_proj.weight
+        number = key.rpartition(".")[2]  # or learnable_params_module_list.7: the eighth MLP layer
         if number.isdigit() and int(number) < len(mlp_names):
-            # policy_params*.pt: learnable_params_module_list.7 is the eighth MLP layer
             name = mlp_names[int(number)]
-        else:
-            # learnable_params*.pt: model.layers.0.mlp.gate_proj.weight
-            name = key.removesuffix(".weight")
+        check_shapes({name: p.shape}, layers)
         z = p.detach().float().sigmoid()
-        if name in layers and layers[name].s.shape == z.shape:
-            s = layers[name].s.to(z)
-            z = z * s.sum() / (s * z).sum()
-        converted[name] = z
-    return converted
+        s = layers[name].s.to(z)
+        expert[name] = z * s.sum() / (s * z).sum()
+    return expert
 
 
 def decompose_cached(weight: torch.Tensor, cache_dir: str | Path) -> tuple:
@@ -1545,8 +1373,9 @@ def decompose_cached(weight: torch.Tensor, cache_dir: str | Path) -> tuple:
         return factors["U"], factors["s"], factors["Vh"]
     except Exception:  # not there yet, or damaged: it is made again
         U, s, Vh = decompose(weight)
-        write_whole(path, lambda temporary: save_file({"U": U, "s": s, "Vh": Vh}, temporary))
-        return U, s, Vh
+    with contextlib.suppress(OSError):  # a folder that cannot be written is no reason to stop
+        write_whole(path, partial(save_file, {"U": U, "s": s, "Vh": Vh}))
+    return U, s, Vh
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:

@@ -238,7 +238,7 @@ def measure_generation(bench: Benchmark) -> None:
         inputs = t2.encode(dense_model, processor, prompts)
         dense_model.generate(**inputs, max_new_tokens=100, do_sample=False, pad_token_id=0)
 
-    def ours(model: nn.Module, expert: t2.ExpertOrRows) -> None:
+    def ours(model: nn.Module, expert: t2.Experts) -> None:
         t2.generate(model, processor, prompts, expert=expert, max_new_tokens=100)
 
     def pass_1() -> None:
@@ -336,18 +336,18 @@ def measure_options(bench: Benchmark) -> None:
 
     all_choices = [t2.choice_tokens(bench.processor, task, problem) for problem in problems]
 
-    def step(score: Callable) -> None:  # add_choice_gradient without the KL
-        for rows, inputs in t2.choice_batches(
-            model, bench.processor, task, problems, all_choices, t2.Hyperparameters.token_budget
-        ):
-            log_probs = score(model, inputs, [all_choices[row] for row in rows])
-            ref_log_probs = [scores.detach() for scores in log_probs]
-            own_rewards = [rewards] * len(rows)
-            loss, _, _ = t2.choice_loss(log_probs, ref_log_probs, own_rewards, kl_coef=0.0)
-            loss.backward()
+    prompts = [conversation(problem) for problem in problems]
+    budget = t2.Hyperparameters.token_budget
+
+    def step(score: Callable) -> None:  # what add_gradient does at λ = 0
+        for rows, inputs in t2.batches(model, bench.processor, prompts, "", all_choices, budget):
+            scores = score(model, inputs, [all_choices[row] for row in rows])
+            log_pi = torch.cat([own_scores.log_softmax(0) for own_scores in scores])
+            probs, advantages = log_pi.detach().exp(), rewards.repeat(len(rows))
+            t2.reinforce_loss(log_pi, log_pi, advantages, 0.0, weights=probs).backward()
 
     ways = {
-        "whole sequences": lambda: step(t2.choice_log_probs_without_cache),
+        "whole sequences": lambda: step(t2.whole_choice_log_probs),
         "ours, cached": lambda: step(t2.choice_log_probs),
     }
     title = f"four options of {len(problems)} questions, forward and backward"

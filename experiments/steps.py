@@ -83,7 +83,8 @@ def our_step(
 ) -> Way:
     """A way to do the training step: transformer2's own."""
     hp = t2.Hyperparameters(**hyperparameters)
-    return lambda: t2.add_gradient(model, processor, TASK, rows.problems, rows.answers, hp)
+    answers = [[answer] for answer in rows.answers]
+    return lambda: t2.add_gradient(model, processor, TASK, rows.problems, answers, hp)
 
 
 def our_step_in_one_piece(model: nn.Module, rows: Rows) -> Way:
@@ -109,7 +110,8 @@ def micro_batch_step(
     if hp.kl_coef > 0:
         with torch.no_grad(), t2.reference_policy(model):
             ref_log_probs = t2.completion_log_probs(model, inputs, completions)
-    t2.reinforce_loss(log_probs, ref_log_probs, advantages, hp.kl_coef).backward()
+    weights = 1 / len(completions)
+    t2.reinforce_loss(log_probs, ref_log_probs, advantages, hp.kl_coef, weights).backward()
 
 
 class ComposedForm:
