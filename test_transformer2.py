@@ -7,10 +7,16 @@ import copy
 import itertools
 import math
 import os
+import pickle
+import random
 import re
+import resource
+import signal
 import subprocess
 import sys
+import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -381,13 +387,168 @@ def test_an_expert_of_another_model_is_refused(tmp_path):
             pass
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no safetensors"])
-def test_a_file_that_is_no_expert_is_refused(content, tmp_path):
-    path = tmp_path / "expert.safetensors"
-    if content is not None:
+def test_a_saved_loaded_and_saved_expert_has_the_same_bytes(tmp_path):
+    facts = {"task": "toy", "accuracy": 0.5, "blocks": 2}
+    expert = random_expert(make_svf())
+    t2.save_expert(expert, tmp_path / "first", **facts)
+    loaded = t2.load_expert(tmp_path / "first")
+    backwards = {name: loaded[name] for name in reversed(loaded)}
+    t2.save_expert(backwards, tmp_path / "second", **dict(reversed(facts.items())))
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+@pytest.mark.parametrize("metadata", [None, {"task": "toy", "model": "tiny", "seed": "3"}])
+def test_a_file_from_before_the_format_had_a_number_loads(metadata, tmp_path):
+    model, path = make_svf(), tmp_path / "expert.safetensors"
+    expert = random_expert(model)
+    save_file(expert, path, metadata=metadata)
+    loaded = t2.load_expert(path, model)
+    assert all(torch.equal(loaded[name], z) for name, z in expert.items())
+    assert t2.expert_facts(path) == (metadata or {})
+
+
+class RunsCode:
+    """What pickle would run while it loads: it makes a file."""
+
+    def __reduce__(self):
+        return os.mkdir, ("EXECUTED",)
+
+
+def damaged_files() -> dict[str, tuple[str, object]]:
+    """Name of the damage -> (suffix, bytes of the file, or a function that writes it).
+
+    The good file is an expert of make_svf(). Nothing here is such an expert.
+    """
+    torch.manual_seed(0)
+    expert = random_expert(make_svf())
+    first = next(iter(expert))
+    folder = Path(tempfile.mkdtemp())
+    t2.save_expert(expert, folder / "good", task="toy", model="random", blocks=2)
+    good = (folder / "good").read_bytes()
+    header_size = int.from_bytes(good[:8], "little")
+    rng, files = random.Random(0), {}
+
+    for place in rng.sample(range(len(good)), 45):
+        files[f"cut after {place} bytes"] = (".safetensors", good[:place])
+    for bit in rng.sample(range(8 * (8 + header_size)), 60):
+        flipped = bytearray(good)
+        flipped[bit // 8] ^= 1 << bit % 8
+        files[f"bit {bit} flipped"] = (".safetensors", bytes(flipped))
+    for bit in rng.sample(range(8 * (8 + header_size), 8 * len(good)), 10):
+        flipped = bytearray(good)
+        flipped[bit // 8] ^= 1 << bit % 8
+        files[f"bit {bit} of a value flipped"] = (".safetensors", bytes(flipped))
+    for length in (0, 1, header_size - 1, header_size + 1, 10**6, 2**40, 2**63, 2**64 - 1):
+        changed = length.to_bytes(8, "little") + good[8:]
+        files[f"a header of {length} bytes"] = (".safetensors", changed)
+    for count in (1, 8, 1000):
+        files[f"{count} bytes too many"] = (".safetensors", good + bytes(count))
+    for text in (
+        b"",
+        b"{}",
+        b"no safetensors",
+        b"\x80\x04.",
+        bytes(64),
+        b"version https://git-lfs",
+    ):
+        files[f"the text {text[:20]}"] = (".safetensors", text)
+        files[f"the text {text[:20]}, as .pt"] = (".pt", text)
+    files["an expert as .pt"] = (".pt", good)
+
+    def tensors(name: str, z: object, layer: str = first, metadata: dict | None = None) -> None:
+        """The good expert with another z in one layer, as a safetensors file."""
+        changed = {key: value for key, value in expert.items() if key != first}
+        changed[layer] = z
+        write = partial(save_file, changed, metadata=metadata)
+        files[name] = (".safetensors", write)
+
+    z = expert[first]
+    for value in (math.nan, math.inf, -math.inf):
+        tensors(f"a value that is {value}", torch.where(torch.arange(len(z)) == 3, value, z))
+        half = torch.full_like(z, value, dtype=torch.bfloat16)
+        tensors(f"bfloat16 values that are {value}", half)
+    for dtype in (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool):
+        tensors(f"a tensor of {dtype}", torch.ones_like(z, dtype=dtype))
+    for shape in ((len(z) - 1,), (len(z) + 1,), (1, len(z)), (0,), (), (len(z), len(z))):
+        tensors(f"a tensor of shape {shape}", torch.ones(shape))
+    for layer in ("", "lm_head", first + ".z", first.replace("0", "7"), "../" + first):
+        tensors(f"a layer named {layer!r}", z.clone(), layer)
+    files["no tensors"] = (".safetensors", partial(save_file, {}))
+    for blocks in (1, 3, "two", None):
+        save = partial(t2.save_expert, expert, blocks=blocks)
+        files[f"a header of {blocks} blocks"] = (".safetensors", save)
+    for header in ("", "{}", "[]", "null", "{", '{"format": 2, "about": {}, "sha256": ""}'):
+        metadata = {"transformer2": header}
+        tensors(f"the header {header}", z.clone(), metadata=metadata)
+
+    weights = {f"{name}.weight": torch.zeros_like(z) for name, z in expert.items()}
+    foreign = {
+        "a list": [z],
+        "a tensor": z,
+        "a number": 3,
+        "a text": "expert",
+        "nothing": {},
+        "an object that runs code": RunsCode(),
+        "weights and code": {**weights, "code": RunsCode()},
+        "a nested dict": {"state": weights},
+        "a number among them": {**weights, "steps": 3},
+        "a model": nn.Linear(2, 2),
+        "whole numbers": {name: z.long() for name, z in weights.items()},
+        "NaN": {name: z * math.nan for name, z in weights.items()},
+        "shapes of another model": {name: z[:-1] for name, z in weights.items()},
+        "names of another model": {f"x.{name}": z for name, z in weights.items()},
+        "numbers of layers that are not there": {"list.99": z},
+    }
+    for name, content in foreign.items():
+        files[f"{name} in a .pt file"] = (".pt", partial(torch.save, content))
+    for name in ("an object that runs code", "weights and code"):
+        pickled = pickle.dumps(foreign[name])
+        files[f"{name}, pickled"] = (".pt", pickled)
+        files[f"{name}, pickled, as .safetensors"] = (".safetensors", pickled)
+    files["a folder"] = (".safetensors", Path.mkdir)
+    files["a folder as .pt"] = (".pt", Path.mkdir)
+    files["no file"] = (".safetensors", lambda path: None)
+    files["no file as .pt"] = (".pt", lambda path: None)
+    return files
+
+
+DAMAGED = damaged_files()
+
+
+@pytest.fixture(scope="module")
+def svf_model() -> nn.Module:
+    return make_svf()
+
+
+def test_there_are_at_least_150_damaged_files():
+    assert len(DAMAGED) >= 150
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_or_foreign_file_is_refused(damage, svf_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    suffix, content = DAMAGED[damage]
+    path = tmp_path / f"expert{suffix}"
+    if isinstance(content, bytes):
         path.write_bytes(content)
-    with pytest.raises(t2.Transformer2Error, match="cannot use the expert"):
-        t2.load_expert(path)
+    else:
+        content(path)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(t2.Transformer2Error) as refusal:
+        t2.load_expert(path, svf_model)
+    message = str(refusal.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert len(message) < 400 + len(str(path))
+    assert not Path("EXECUTED").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # KiB
+
+
+def test_a_good_file_loads_after_damaged_ones(svf_model, tmp_path):
+    expert = random_expert(svf_model)
+    t2.save_expert(expert, tmp_path / "expert.safetensors", blocks=2)
+    loaded = t2.load_expert(tmp_path / "expert.safetensors", svf_model)
+    assert all(torch.equal(loaded[name], z) for name, z in expert.items())
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
@@ -398,6 +559,72 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         t2.write_whole(tmp_path / "file", interrupted)
     assert list(tmp_path.iterdir()) == []
+
+
+def run_python(code: str, *arguments: object) -> subprocess.Popen:
+    """Starts a Python process that runs this code beside the module."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    folder = Path(t2.__file__).parent
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+
+
+def test_what_a_killed_write_left_over_is_removed_by_the_next(tmp_path):
+    killed = """
+import os, signal, sys, transformer2
+def write(temporary):
+    temporary.write_text("half of ")
+    os.kill(os.getpid(), signal.SIGKILL)
+transformer2.write_whole(sys.argv[1], write)
+"""
+    assert run_python(killed, tmp_path / "file").wait() == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    t2.write_whole(tmp_path / "file", lambda temporary: temporary.write_text("all of it"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_of_two_processes_that_write_the_same_file_one_wins(tmp_path):
+    write_often = """
+import sys, transformer2
+for _ in range(300):
+    transformer2.write_whole(sys.argv[1], lambda path: path.write_text(sys.argv[2] * 100_000))
+"""
+    processes = [run_python(write_often, tmp_path / "file", letter) for letter in "ab"]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert (tmp_path / "file").read_text() in ("a" * 100_000, "b" * 100_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_one_sentence_and_the_former_file_stays(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    full = """
+import resource, signal, sys, torch, transformer2
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    transformer2.save_expert({"layer": torch.ones(10_000)}, sys.argv[1])
+except transformer2.Transformer2Error as error:
+    sys.exit(str(error))
+"""
+    path = tmp_path / "expert.safetensors"
+    t2.save_expert({"layer": torch.ones(3)}, path)
+    process = run_python(full, path)
+    _, message = process.communicate()
+    assert process.returncode == 1
+    assert message.startswith(f"cannot write {path}: ") and message.count("\n") == 1
+    assert t2.load_expert(path)["layer"].tolist() == [1, 1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["expert.safetensors"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(t2.Transformer2Error, match="cannot write .*/file/expert"):
+        t2.save_expert({"layer": torch.ones(3)}, tmp_path / "file" / "expert")
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_apply_svf(tmp_path):
+    (tmp_path / "file").write_text("")
+    model = t2.apply_svf(make(), cache_dir=tmp_path / "file")
+    assert len(t2.svf_layers(model)) == 6
 
 
 @pytest.mark.parametrize("file", ["learnable_params.pt", "policy_params.pt"])

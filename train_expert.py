@@ -25,7 +25,6 @@ import transformers
 from torch import distributed, nn
 
 from tasks import BUILT_IN_MODELS, DEFAULT_TASKS, TASKS, built_in_source, get_task
-from tasks import say as say  # so that it can be imported from here, like get_task
 from transformer2 import (
     TARGETS,
     Hyperparameters,
@@ -45,7 +44,7 @@ from transformer2 import (
 CACHE = Path(".cache/transformer2")
 MEMORY_ADVICE = (
     "go on with --resume --checkpointing, or with --resume --token-budget N and a smaller N, "
-    "or start again with fewer --layers"
+    "or start again with a smaller --layers"
 )
 
 
@@ -68,21 +67,22 @@ def read_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'; default: tiny without a GPU")
-    add("--task", nargs="+", metavar="T", help=", ".join(TASKS))
+    add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'; default: tiny, or a 0.5B on a GPU")
+    add("--task", nargs="+", metavar="T", help=", ".join(TASKS) + "; default: gsm8k, tiny: all its")
     add("--targets", default="mlp", help="mlp, attention, all, or a regular expression over layers")
-    add("--layers", type=float, default=1.0, help="share of the blocks that train, the last ones")
-    add("--steps", type=int, help="updates of z")
+    add("--layers", type=float, default=1.0, help="share of the blocks that train, the last; to 1")
+    add("--steps", type=int, help="updates of z; this and the next three: default the task's own")
     add("--batch-size", type=int, help="problems in an update")
     add("--token-budget", type=int, help="tokens in a micro-batch of an update; fewer: less memory")
     add("--lr", type=float, help="learning rate; it falls to 0 along a cosine")
-    add("--kl-coef", type=float, help="λ, the weight of the KL divergence from the base model")
-    add("--validation-problems", type=int, help="problems that choose the best step")
+    add("--kl-coef", type=float, help="λ, the weight of the KL; at 0, the default, not computed")
+    add("--validation-problems", type=int, help="the first N choose the best step; 128")
     add("--seed", type=int, help="of the draw of problems and of the sampled answers")
-    add("--test-problems", type=int, help="score on so many held-out problems; default: all")
+    add("--test-problems", type=int, help="score on the first N held-out ones; default: all")
     add("--max-new-tokens", type=int, help="of an answer; default: the task's own limit")
     add("--checkpointing", action="store_true", default=None, help="less memory, a third more time")
     add("--device-map", help="auto: spread a model over several GPUs (needs accelerate)")
+    add("--no-cache", action="store_true", help="keep no decompositions on disk, and read none")
     add("--out", type=Path, default=Path("experts"), help="experts land in OUT/<model>/")
     add("--resume", action="store_true", help="go on where the same command was interrupted")
     args = parser.parse_args()
@@ -107,11 +107,8 @@ def start_processes() -> None:
 
 def choose_tasks(args: argparse.Namespace) -> list[Task]:
     """The tasks to train, with the settings of the command line."""
-    settings = {}
-    for setting in fields(Hyperparameters):
-        value = getattr(args, setting.name, None)
-        if value is not None:
-            settings[setting.name] = value
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    settings = {f.name: given[f.name] for f in fields(Hyperparameters) if f.name in given}
     tasks = []
     for name in args.task or DEFAULT_TASKS.get(args.model, ["gsm8k"]):
         task = get_task(name)
@@ -134,7 +131,8 @@ def decompose_targets(model: nn.Module, args: argparse.Namespace) -> str:
     """Replaces the target layers by SVFLinear, in place. Prints and returns the size of z."""
     start_time = time.time()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    apply_svf(model, last_blocks(model, args.targets, args.layers), CACHE / "svd")
+    cache_dir = None if args.no_cache else CACHE / "svd"
+    apply_svf(model, last_blocks(model, args.targets, args.layers), cache_dir)
     layers = svf_layers(model)
     z = sum(layer.z.numel() for layer in layers.values())
     size = f"{z:,} numbers, {z / parameters:.2%} of the model"
@@ -183,6 +181,7 @@ def train_task(model: nn.Module, processor: Processor, task: Task, args: argpars
 
     facts = {"task": task.name, "category": task.category or "", "problems": len(test)}
     facts |= {"model": args.model, "targets": args.targets, "layers": args.layers}
+    facts["blocks"] = model.config.get_text_config().num_hidden_layers
     facts |= {"base": f"{base:.4f}", "accuracy": f"{accuracy:.4f}", **task.hyper}
     save_expert(expert, path, **facts)
     row = f"{task.name:15} {base:7.1%} -> {accuracy:6.1%} {len(test):7} problems "
@@ -247,10 +246,8 @@ def load_model(
         processor = processor_class.from_pretrained(source)
     except Exception as error:  # no such model, a damaged file, a package that is missing
         reason = f"{type(error).__name__}, {str(error).strip()}".splitlines()[0]
-        raise Transformer2Error(
-            f"model {str(source)!r} is neither 'tiny' nor a folder with a model "
-            f"nor to be had from the hub: {reason}"
-        ) from error
+        what = "neither 'tiny' or 'tiny-vlm', nor a folder with a model, nor to be had from the hub"
+        raise Transformer2Error(f"model {str(source)!r} is {what}: {reason}") from error
     if device_map is None:
         model = model.to(device)
     return model.eval(), processor
@@ -267,7 +264,11 @@ def built_in_folder(name: str) -> Path:
             model.save_pretrained(path)
             processor.save_pretrained(path)
 
-        write_whole(folder, save)
+        try:
+            write_whole(folder, save)
+        except Transformer2Error:
+            if not folder.exists():  # otherwise another process was faster
+                raise
     return folder
 
 
@@ -297,8 +298,7 @@ def check_numbers(args: argparse.Namespace, positive: list[str]) -> None:
         # The share of --layers has a check of its own.
         if isinstance(value, int | float) and name != "layers" and value < least:
             flag = f"--{name.replace('_', '-')} {value}"
-            reason = f"no number may be negative, and this one is at least {least}"
-            raise Transformer2Error(f"{flag} is out of range: {reason}")
+            raise Transformer2Error(f"{flag} is out of range: it must be at least {least}")
 
 
 def guarded(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> None:
@@ -311,7 +311,7 @@ def guarded(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> Non
     except torch.OutOfMemoryError:
         message, code = f"error: the GPU's memory is full: {memory_advice}", 2
     except KeyboardInterrupt:
-        message, code = "\nstopped; train_expert.py goes on from the last step with --resume", 130
+        message, code = "\nstopped; training goes on from the last step with --resume", 130
     print(message, file=sys.stderr)
     sys.exit(code)
 

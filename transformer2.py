@@ -13,14 +13,16 @@ of one problem, N choices of all problems in a batch, m x n a weight, r singular
 """
 
 import contextlib
+import glob
 import hashlib
 import inspect
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -1373,15 +1375,51 @@ def decompose_cached(weight: torch.Tensor, cache_dir: str | Path) -> tuple:
         return factors["U"], factors["s"], factors["Vh"]
     except Exception:  # not there yet, or damaged: it is made again
         U, s, Vh = decompose(weight)
-    with contextlib.suppress(OSError):  # a folder that cannot be written is no reason to stop
+    with contextlib.suppress(Transformer2Error):  # the cache cannot be written: go on without
         write_whole(path, partial(save_file, {"U": U, "s": s, "Vh": Vh}))
     return U, s, Vh
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Calls write(temporary file), then renames the file to path: it is there whole, or not."""
+    """Calls write(temporary path), then renames the result to path: it is there whole, or not.
+
+    Several processes may write to the same path: the last one wins. What a killed process left over
+    is removed. Raises Transformer2Error if the path cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        write(Path(folder, "new"))
-        os.replace(Path(folder, "new"), path)
+    prefix = f".{path.name}.{platform.node()}."
+    temporary = path.with_name(f"{prefix}{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+            if not is_running(int(leftover.suffix[1:])):
+                remove(leftover)
+        write(temporary)
+        os.replace(temporary, path)
+    except Exception as error:  # no space, no permission: libraries raise errors of many kinds
+        reason = f"cannot write {path}: {error}"
+        raise Transformer2Error(reason.splitlines()[0]) from error
+    finally:
+        remove(temporary)
+
+
+def is_running(process_id: int) -> bool:
+    """False only if there is certainly no such process on this machine."""
+    if os.name == "nt":  # os.kill would end it there
+        return True
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
