@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -1181,6 +1182,32 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_does(make_task, 
         assert torch.equal(z, uninterrupted[name])
 
 
+def test_a_run_survives_kill_at_any_moment_and_leaves_nothing_over(tmp_path):
+    killed = """
+import sys
+import test_transformer2 as tests
+model, task = tests.make_svf(), tests.digit_task()
+tests.t2.reinforce(model, tests.TOKENIZER, task, checkpoint=sys.argv[1], **tests.TRAINING)
+"""
+    model, task, progress = make_svf(), digit_task(), tmp_path / "progress"
+    uninterrupted = t2.reinforce(model, TOKENIZER, task, **TRAINING)
+    process = run_python(killed, progress)
+    while not progress.exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.random())
+    process.kill()
+    process.communicate()
+    resumed = t2.reinforce(model, TOKENIZER, task, checkpoint=progress, **TRAINING)
+    t2.save_expert(uninterrupted, tmp_path / "uninterrupted")
+    t2.save_expert(resumed, tmp_path / "resumed")
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "uninterrupted").read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "progress",
+        "resumed",
+        "uninterrupted",
+    ]
+
+
 @pytest.mark.parametrize("changes", [{"token_budget": 100}, {"checkpointing": True}])
 def test_a_run_goes_on_with_another_token_budget_or_with_checkpointing(changes, tmp_path):
     model, task = make_svf(), choice_task()
@@ -1374,6 +1401,29 @@ def test_equal_prompts_draw_answers_of_their_own():
         never_ends(make()), TOKENIZER, [say(SHORT)] * 20, max_new_tokens=8, temperature=2.0, seed=0
     )
     assert len(set(answers)) == 20
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_expert_says_the_same_alone_in_a_list_and_merged(seed):
+    """For random models, experts and prompts, sampled at temperature 1."""
+    rng = random.Random(seed)
+    family = rng.choice(["llama", "gpt2", "phi3", "opt", "gemma3"])
+    model = make_svf(family, seed)
+    expert = random_expert(model, seed)
+    prompts = []
+    for _ in range(4):
+        text = "".join(rng.choices("ABCDEFGH0123456789 ", k=rng.randint(1, 30)))
+        prompts.append(say(text))
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "seed": seed}
+    alone = t2.generate(model, TOKENIZER, prompts, expert=expert, **settings)
+    in_a_list = t2.generate(model, TOKENIZER, prompts, expert=[expert] * 4, **settings)
+    mixed = t2.generate(model, TOKENIZER, prompts, expert=[expert, None] * 2, **settings)
+    with t2.use_expert(model, expert):
+        merged = t2.merge_svf(copy.deepcopy(model))
+    assert in_a_list == alone
+    assert t2.generate(merged, TOKENIZER, prompts, **settings) == alone
+    assert mixed[0] == alone[0]
+    assert mixed[2] == alone[2]
 
 
 def test_without_a_seed_draws_come_from_torchs_generator():
@@ -1575,6 +1625,12 @@ def test_classify_asks_for_the_category_and_takes_the_likeliest():
             tokens = TOKENIZER(f" {color}")["input_ids"]
             scores.append(plain_log_prob(model, prompt, tokens).item())
         assert category == COLORS[np.argmax(scores)]
+
+
+@pytest.mark.parametrize("categories", [[], ["red", "red"], ["red", ""], ["red", " "]])
+def test_categories_that_are_none_doubled_or_empty_are_refused(categories):
+    with pytest.raises(t2.Transformer2Error, match="categories .* should be different names"):
+        t2.classify(make(), TOKENIZER, [say(SHORT)], categories)
 
 
 def test_a_category_that_begins_another_is_scored_with_its_end():

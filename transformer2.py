@@ -458,12 +458,13 @@ def classify(
     *,
     expert: Experts = None,
 ) -> list[str]:
-    """Pass 1: the likeliest category of each conversation. Raises Transformer2Error for categories
-    that are none, doubled or empty.
+    """Pass 1: the likeliest category of each conversation.
 
     Strategy A (the prompt) without an expert, B with expert z^c, which is trained to classify.
+    Raises Transformer2Error if there are no categories, or doubled or empty ones.
     """
-    if not categories or len(set(categories)) < len(categories) or not all(categories):
+    names = {category.strip() for category in categories}
+    if not categories or "" in names or len(names) < len(categories):
         raise Transformer2Error(f"categories {categories} should be different names, one or more")
 
     def ask_category(problem: dict) -> list[dict]:
