@@ -60,23 +60,21 @@ class Transformer2Error(ValueError):
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits W (m, n) into U (m, r), s (r,) and Vh (r, n) with W = U diag(s) Vh; r = min(m, n).
 
-    The eigenvectors of WᵀW are V, and column i of W V is s_i u_i. So U diag(s) Vh = W V Vᵀ is W
-    exactly, up to rounding. s descends, in float32; U and Vh have the weight's dtype.
+    V holds the eigenvectors of WᵀW, and column i of W V is s_i u_i. So U diag(s) Vᵀ = W V Vᵀ = W,
+    and it is faster than an SVD. s descends, in float32; U and Vh have the weight's dtype.
     """
+    if weight.shape[0] < weight.shape[1]:  # wide: decompose Wᵀ, in which U and V change places
+        V, s, Uh = decompose(weight.T)
+        return Uh.T.contiguous(), s, V.T.contiguous()
     W = weight.detach()
     if W.device.type == "mps":  # it has no float64
         W = W.cpu()
-    is_wide = W.shape[0] < W.shape[1]
-    if is_wide:
-        W = W.T  # so that WᵀW is (r, r)
     # WᵀW has the eigenvalues s². In float32 a small s would drown in rounding.
     W = W.double()
     V = torch.linalg.eigh(W.T @ W).eigenvectors.flip(-1)  # (r, r); eigh sorts from small to large
-    scaled_U = W @ V  # (max(m, n), r)
+    scaled_U = W @ V  # (m, r)
     s = scaled_U.norm(dim=0)
     U = scaled_U / s.clamp(min=1e-12)
-    if is_wide:  # Wᵀ = U diag(s) Vᵀ means W = V diag(s) Uᵀ
-        U, V = V, U
     return U.to(weight).contiguous(), s.float().to(weight.device), V.T.to(weight).contiguous()
 
 
@@ -209,11 +207,11 @@ class Hyperparameters:
     batch_size: int = 256  # problems in an update, with one answer each
     lr: float = 2e-3  # AdamW's learning rate, which falls to 0 along a cosine
     kl_coef: float = 0.0  # λ; the paper picks 0, 0.1, 0.2 or 0.3 on validation problems
-    max_grad_norm: float = 1e-3  # of all z's together; under AdamW it evens steps out
-    baseline: bool = True  # subtract the mean of the other rewards; not for choices
-    validate_every: int = 10  # steps; the z of the best accuracy, at a tie the last, is the result
+    max_grad_norm: float = 1e-3  # of all z's together; keeps one step from ruling AdamW's means
+    baseline: bool = True  # subtract the mean of the other rewards; not where there are choices
+    validate_every: int = 10  # steps; the best z is the result, at a tie the later one
     validation_problems: int = 128
-    token_budget: int = 2048  # tokens in a micro-batch of an update, if one row has no more
+    token_budget: int = 2048  # tokens in a micro-batch, with padding; a longer row goes alone
     checkpointing: bool = False  # less memory for activations, a third more time
     seed: int = 0  # draws the problems and the answers
 
@@ -222,7 +220,7 @@ class Hyperparameters:
 class Answer:
     """The model's answer to a problem, and its reward."""
 
-    tokens: list[int]  # empty for a task with choices
+    tokens: list[int]  # empty for a choice that rollout picked
     text: str
     reward: float
 
@@ -260,8 +258,8 @@ def reinforce(
 ) -> Expert:
     """Trains an expert with REINFORCE (section 3.1), starting from the model's own z's.
 
-    Trains in place whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns the
-    values with the best validation accuracy, and restores the start. hyperparameters: fields of
+    Trains whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns the values of
+    the best validation accuracy, and puts the starting values back. hyperparameters: fields of
     Hyperparameters. checkpoint: a file for the progress after each step; if it exists, the run goes
     on from there. on_step: gets the statistics and the sampled answers of each step (no answers for
     a task with choices). Raises Transformer2Error if nothing requires gradients, there are no
@@ -271,6 +269,8 @@ def reinforce(
     check_seed(hp.seed)
     model.eval()  # dropout would change the policy
     train_problems = task.problems("train")
+    if not train_problems:
+        raise Transformer2Error(f"task {task.name} has no problems to train on")
     held_out_problems = task.problems("validation")[: hp.validation_problems]
     progress = Progress(model, task, hp)
     if checkpoint is not None and Path(checkpoint).exists():
@@ -301,8 +301,6 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
     """One step of eq. 1: the model answers, answers are rewarded, z follows the gradient of J."""
     start_time = time.time()
     # 1) Draw problems. Seed and step alone decide, so that a run can be resumed.
-    if not train_problems:
-        raise Transformer2Error(f"task {task.name} has no problems to train on")
     seed = hp.seed * 100_003 + step
     order = torch.randperm(len(train_problems), generator=torch.Generator().manual_seed(seed))
     problems = [train_problems[i] for i in order[: hp.batch_size]]
@@ -332,8 +330,8 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
 
 def rollout(model, processor, task, problems, expert, temperature, seed) -> list[Answer]:
     """An answer to each problem with its reward. For a task with choices, the likeliest of them."""
-    # All problems, or this process's share of them if several train together. Their numbers also
-    # seed the answers, so that the split over processes changes nothing.
+    # All problems, or this process's share of them if several train together. A problem's number
+    # seeds its answer, so that the split over processes changes nothing.
     numbers = my_share(range(len(problems)))
     problems = my_share(problems)
     expert = select_experts(expert, numbers)
@@ -354,8 +352,8 @@ def rollout(model, processor, task, problems, expert, temperature, seed) -> list
 def add_gradient(model, processor, task, problems, answers: list[list[Answer]], hp) -> StepStats:
     """Adds the gradient of -J (eq. 1), from the answers to each problem.
 
-    A sampled answer stands for the whole policy. Where a task has choices, all of them are given
-    and weighted with their probability, so that the expectation in ∇J is exact.
+    One sampled answer estimates the expectation in ∇J. Where a task has choices, all of them are
+    given and weighted with their probability, so that the expectation is exact.
     """
     rewards = [torch.tensor([answer.reward for answer in own]) for own in answers]
     advantages = rewards
@@ -374,7 +372,7 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
                     ref_log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W
-            # Micro-batches, and processes, add up to the mean over all problems.
+            # The weight of each answer in the mean over the problems of all batches and processes.
             weights = torch.ones_like(log_probs) / len(problems)
             if task.choices is not None:
                 weights = weights * log_probs.detach().exp()
@@ -461,18 +459,15 @@ def classify(
     """Pass 1: the likeliest category of each conversation.
 
     Strategy A (the prompt) without an expert, B with expert z^c, which is trained to classify.
-    Raises Transformer2Error if there are no categories, or doubled or empty ones.
+    Raises Transformer2Error if categories are missing, repeated or empty.
     """
     names = {category.strip() for category in categories}
     if not categories or "" in names or len(names) < len(categories):
         raise Transformer2Error(f"categories {categories} should be different names, one or more")
-
-    def ask_category(problem: dict) -> list[dict]:
-        return category_question(problem["conversation"], categories)
-
-    task = Task("classify", None, ask_category, None, prefill=CATEGORY_PREFILL, choices=categories)
-    problems = [{"conversation": conversation} for conversation in conversations]
-    return likeliest_choices(model, processor, task, problems, expert)
+    # The problems of this task are the conversations themselves.
+    ask = partial(category_question, categories=categories)
+    task = Task("classify", None, ask, None, prefill=CATEGORY_PREFILL, choices=categories)
+    return likeliest_choices(model, processor, task, conversations, expert)
 
 
 def two_pass(
@@ -486,8 +481,9 @@ def two_pass(
 ) -> list[tuple[str, str]]:
     """(category, answer) of each conversation: pass 1 classifies it, pass 2 answers.
 
-    experts: category -> Expert, or None for the base model; "other" is added. classifier: z^c of
-    strategy B. options: of generate. Batches mix the experts, one for each row.
+    experts: category -> Expert, or None for the base model; "other", the base model, is added if it
+    is missing. classifier: z^c of strategy B. options: of generate. Batches mix the experts, one
+    for each row.
     """
     categories = list({**experts, "other": None})
     chosen = classify(model, processor, conversations, categories, expert=classifier)
@@ -562,7 +558,7 @@ def score_mixtures(
         all_experts += [mix(experts, alphas)] * len(problems)
     answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
     accuracies = np.array([max(0.0, answer.reward) for answer in answers])
-    # score_choices gives log π of all choices of a problem: here of one, the worked solution.
+    # Score the worked solution by making it the only choice of its problem.
     solutions = replace(
         task, choices=lambda problem: [str(problem.get("solution", problem["answer"]))]
     )
@@ -639,6 +635,7 @@ def choice_log_probs(
         cache = prompt_output[cache_name]
         cache.batch_select_indices(prompt_of_choice)  # in place: row i is a copy of its prompt's
         prompt_mask = inputs["attention_mask"][prompt_of_choice]  # (N, P)
+        # The mask covers the cached prompt, too.
         choice_mask = torch.cat([prompt_mask, mask[:, :-1]], dim=1)
         choice_inputs = {"input_ids": tokens[:, :-1], "attention_mask": choice_mask}
         choice_inputs[cache_name] = cache
@@ -671,7 +668,8 @@ def can_repeat_cache(model, inputs: dict) -> bool:
     # A z for each row has B rows, but the choices run as N rows.
     z_per_row = any(layer.current_z().dim() > 1 for layer in svf_layers(model).values())
     # Pictures change how positions are counted.
-    return TEXT_INPUTS.issuperset(inputs) and not (has_state or checkpointed or z_per_row)
+    has_pictures = not TEXT_INPUTS.issuperset(inputs)
+    return not (has_state or checkpointed or z_per_row or has_pictures)
 
 
 @torch.no_grad()
@@ -714,11 +712,7 @@ def choice_answers(processor, task: Task, problem: dict) -> list[Answer]:
 
 
 def choice_tokens(processor, task: Task, problem: dict) -> list[list[int]]:
-    """Token ids of the choices of a problem. After a prefill they begin with a blank.
-
-    If one choice begins another ("math", "mathematics") all get an end token, or the shorter would
-    always be the likelier. After a prompt of plain text they do not: benchmarks do it that way.
-    """
+    """Token ids of the choices of a problem. After a prefill they begin with a space."""
     tokenizer = prepared_tokenizer(processor)
     prompt = task.conversation(problem)
     is_plain = isinstance(prompt, str)
@@ -728,8 +722,10 @@ def choice_tokens(processor, task: Task, problem: dict) -> list[list[int]]:
     if task.prefill:
         texts = [text if text[:1].isspace() else " " + text for text in texts]
     tokens = [continuation(tokenizer, before, text) for text in texts]
-    begins_another = any(a != b and b.startswith(a) for a in texts for b in texts)
-    if begins_another and not is_plain and tokenizer.eos_token_id is not None:
+    # If one choice is the start of another ("math", "mathematics"), all get an end token, or the
+    # shorter would always be the likelier. Benchmarks of plain text do without.
+    needs_end = any(a != b and b.startswith(a) for a in texts for b in texts)
+    if needs_end and not is_plain and tokenizer.eos_token_id is not None:
         tokens = [[*choice, tokenizer.eos_token_id] for choice in tokens]
     return tokens
 
@@ -738,9 +734,9 @@ def choice_tokens(processor, task: Task, problem: dict) -> list[list[int]]:
 def continuation(tokenizer, before: str, text: str) -> list[int]:
     """Token ids of a text that follows another: those of "is math" without those of "is".
 
-    Many tokenizers have different tokens for "math" and " math", so the text alone is not enough.
-    One word before it is, as tokens do not cross spaces. If the two share a token after all, the
-    text is tokenized alone.
+    Tokenizers often have different tokens for "math" and " math". So the last word of `before` is
+    tokenized with the text, and its tokens are cut off. If they do not come out unchanged, the text
+    is tokenized alone.
     """
     last_word = before.split(" ")[-1]
     start = tokenizer(last_word, add_special_tokens=False)["input_ids"]
@@ -804,8 +800,7 @@ def generate_tokens(
     # generate() would fill what our settings leave open from the model's generation_config
     # (top_k, repetition_penalty, ...). So they replace that for the call.
     causal_lm = without_peft(model)
-    our_settings = [(causal_lm, "generation_config", settings)]
-    new_tokens = [[range(max_new_tokens)]] * len(conversations)
+    new_tokens = [[range(max_new_tokens)]] * len(conversations)  # batches needs only the length
     completions = {}
     for rows, inputs in batches(
         model, processor, conversations, prefill, new_tokens, TOKEN_BUDGET, keeps_logits=False
@@ -818,7 +813,8 @@ def generate_tokens(
         # other answer.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
-        with use_expert(model, select_experts(expert, rows)), changed(our_settings):
+        our_settings = changed([(causal_lm, "generation_config", settings)])
+        with use_expert(model, select_experts(expert, rows)), our_settings:
             sequences = causal_lm.generate(**inputs, logits_processor=samplers)  # (B, P + T)
         prompt_length = inputs["input_ids"].shape[1]
         for row, tokens in zip(rows, sequences[:, prompt_length:].tolist()):
@@ -959,11 +955,11 @@ def content_parts(content: str | list[dict]) -> list[dict]:
 def batches(
     model, processor, conversations, prefill, completions: list, budget: int, keeps_logits=True
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yields (row numbers, encoded prompts) of batches of at most `budget` tokens, padded.
+    """Yields (row numbers, encoded prompts) of batches of at most `budget` tokens with padding.
 
-    completions: the texts that follow each prompt, lists of tokens. The prompt counts once for each
-    of them, as its cache is repeated. keeps_logits: all their logits are kept, so LOGIT_BUDGET
-    bounds them, too.
+    A longer row goes alone. completions: for each prompt, the token lists that may follow it: one
+    answer, or all its choices. A prompt counts once for each, as its cache is repeated for them.
+    keeps_logits: all logits of these tokens are kept, so LOGIT_BUDGET bounds them, too.
     """
     # 1) The lengths of the prompts (with pictures 256 at a time, as these are large), and of the
     #    texts that follow.
@@ -984,11 +980,11 @@ def batches(
         num_tokens = num_completions * (max(lengths[i] for i in group) + longest_new)
         num_logits = num_completions * longest_new * vocabulary
         # A row that may exceed the context stays alone, as its answer has less room than others.
-        is_too_long = totals[group[0]] > context_length(model)
-        if len(group) == 1 or is_too_long or num_tokens > budget or num_logits > LOGIT_BUDGET:
-            groups.append([row])
-        else:
+        in_context = totals[group[0]] <= context_length(model)
+        if groups and in_context and num_tokens <= budget and num_logits <= LOGIT_BUDGET:
             groups[-1] = group
+        else:
+            groups.append([row])
     # 3) The rows of each group without common padding. Tensors of pictures have other rows.
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
         if has_vision:
@@ -1010,11 +1006,8 @@ def append_tokens(inputs: dict, tokens: torch.Tensor, mask: torch.Tensor) -> dic
     """Prompts with tokens after them. The tensors of pictures are kept."""
     sequences = dict(inputs)
     for name, tensor in inputs.items():
-        if (
-            name not in ("input_ids", "attention_mask")
-            and tensor.shape == inputs["input_ids"].shape
-        ):
-            sequences[name] = F.pad(tensor, (0, tokens.shape[1]))  # token_type_ids: 0 is text
+        if tensor.shape == inputs["input_ids"].shape:  # token_type_ids: 0 is text
+            sequences[name] = F.pad(tensor, (0, tokens.shape[1]))
     sequences["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
     sequences["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
     return sequences
@@ -1199,7 +1192,7 @@ class Progress:
         layers = [f"{name} {[*z.shape]}" for name, z in self.start.items()]
         self.settings = {**asdict(hp), "task": task.name, "token limit": task.max_new_tokens}
         self.settings |= {"model": model.config._name_or_path, "layers": layers}
-        # A run may go on with others of these, as they do not change the result.
+        # These two may change when a run goes on: they do not change the result.
         del self.settings["token_budget"], self.settings["checkpointing"]
 
     def values(self) -> Expert:
@@ -1284,11 +1277,11 @@ def save_expert(expert: Expert, path: str | Path, **about: object) -> None:
 
 def expert_header(expert: Expert, about: dict) -> str:
     """Facts about an expert as one JSON object, with a format number and a checksum of it all."""
-    facts = json.dumps(about, sort_keys=True, default=str)
-    checksum = hashlib.sha256(facts.encode())
+    facts = json.loads(json.dumps(about, default=str))  # as they are read again
+    checksum = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(expert):
         checksum.update(name.encode() + expert[name].numpy().tobytes())
-    header = {"format": 1, "about": json.loads(facts), "sha256": checksum.hexdigest()}
+    header = {"format": 1, "about": facts, "sha256": checksum.hexdigest()}
     return json.dumps(header, sort_keys=True)
 
 
@@ -1299,8 +1292,8 @@ def expert_facts(path: str | Path) -> dict:
     if "transformer2" in metadata:
         return json.loads(metadata["transformer2"])["about"]
     if "sha256" in str(metadata):
-        raise ValueError("its header is damaged")
-    return metadata  # of a file from before the format had a number
+        raise ValueError("its header is damaged")  # ours, under another key
+    return metadata  # a file written before formats were numbered
 
 
 def load_expert(path: str | Path, model: Model | None = None) -> Expert:
@@ -1317,6 +1310,7 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
             if model is not None:  # before a tensor is read
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
                 check_shapes(shapes, svf_layers(model))
+                # An expert of a model with fewer blocks would fit by its names.
                 blocks = model.config.get_text_config().num_hidden_layers
                 if str(facts.get("blocks", blocks)) != str(blocks):
                     raise ValueError(f"it is for {facts['blocks']} blocks, the model has {blocks}")
@@ -1382,7 +1376,7 @@ def decompose_cached(weight: torch.Tensor, cache_dir: str | Path) -> tuple:
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Calls write(temporary path), then renames the result to path: it is there whole, or not.
+    """Calls write(temporary path), then renames the result: the path never holds half a file.
 
     Several processes may write to the same path: the last one wins. What a killed process left over
     is removed. Raises Transformer2Error if the path cannot be written.
@@ -1393,7 +1387,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
-            if not is_running(int(leftover.suffix[1:])):
+            if leftover.suffix[1:].isdigit() and not is_running(int(leftover.suffix[1:])):
                 remove(leftover)
         write(temporary)
         os.replace(temporary, path)
@@ -1406,21 +1400,17 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
 
 def is_running(process_id: int) -> bool:
     """False only if there is certainly no such process on this machine."""
-    if os.name == "nt":  # os.kill would end it there
+    if os.name == "nt":  # on Windows os.kill would end it
         return True
     try:
         os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it belongs to somebody else
-        return True
+    except OSError as error:  # of another kind: it belongs to somebody else
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
 def remove(path: Path) -> None:
     """Removes a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+    with contextlib.suppress(OSError):
+        path.unlink()
