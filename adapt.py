@@ -1,6 +1,6 @@
 """Answers in two passes: pass 1 finds out which expert a prompt needs, pass 2 answers with it.
 
-python adapt.py                       # after `python train_expert.py`: the whole paper at work
+python adapt.py                       # after `python train_expert.py`: all three strategies at work
 python adapt.py --model tiny-vlm      # some held-out pictures, and what each expert says of them
 python adapt.py --model DIR "a prompt" ...    # your own prompts, with the experts in experts/DIR
 """
@@ -12,21 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 from torch import nn
 
-from tasks import TASKS, TINY_UNSEEN, get_task, say
+from tasks import CATEGORIES, TASKS, TINY_UNSEEN, get_task, say
 from train_expert import CACHE, check_numbers, default_model, folder_name, guarded, load_model
 from transformer2 import (
-    Conversation,
     Expert,
-    ExpertOrRows,
+    Experts,
     Processor,
     Task,
     Transformer2Error,
     apply_svf,
     classify,
     evaluate,
+    expert_facts,
     few_shot,
     generate,
     load_expert,
@@ -46,7 +45,7 @@ class Library:
     processor: Processor
     by_name: dict[str, Expert]  # name of the file -> expert, without the classifier
     by_category: dict[str, Expert | None]  # answer of pass 1 -> expert; None: the base model
-    classifier: Expert | None = None  # z^c, for pass 1 in strategy B
+    classifiers: dict[str, Expert | None]  # strategy with a pass 1 -> expert that classifies in it
 
 
 def main() -> None:
@@ -68,7 +67,7 @@ def main() -> None:
     else:
         show_dispatch(library, dispatch, args)
         show_tasks(library, tasks, args)
-        show_answers(library, pick_examples(dispatch), args)
+        show_answers(library, dispatch.problems("test")[:EXAMPLES], args)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -81,13 +80,14 @@ def read_arguments() -> argparse.Namespace:
     add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'; by default as train_expert.py")
     add("--experts", type=Path, help="default: experts/<model>")
     add("--task", nargs="+", metavar="UNSEEN", help=", ".join(TASKS))
-    add("--strategy", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    add("--strategy", nargs="+", default=STRATEGIES, choices=STRATEGIES, help="default: all")
     add("--shots", type=int, default=10, help="problems that few-shot adaptation may look at")
     add("--population", type=int, default=32, help="candidates in an iteration of few-shot")
     add("--iterations", type=int, default=20, help="of few-shot adaptation")
     add("--test-problems", type=int, help="score on so many held-out problems; default: all")
     add("--max-new-tokens", type=int, help="of an answer; default: the task's own, 150 to a prompt")
     add("--seed", type=int, default=0, help="of the few-shot examples and of the search")
+    add("--no-cache", action="store_true", help="keep no decompositions on disk, and read none")
     args = parser.parse_args()
     check_numbers(args, ["shots", "population", "iterations", "test_problems", "max_new_tokens"])
     return args
@@ -114,16 +114,19 @@ def load_library(args: argparse.Namespace, dispatch: Task) -> Library:
     headers = read_headers(folder, args.model)
     targets = read_targets(folder, headers)
     model, processor = load_model(args.model)
-    apply_svf(model, targets, CACHE / "svd")
+    apply_svf(model, targets, None if args.no_cache else CACHE / "svd")
 
     # A category that no expert is for is answered by the base model.
-    library = Library(model, processor, {}, by_category=dict.fromkeys(dispatch.choices))
+    by_category = dict.fromkeys(CATEGORIES[dispatch.name])
+    library = Library(model, processor, {}, by_category, classifiers={"prompt": None})
     for name, header in headers.items():
         expert = load_expert(folder / f"{name}.safetensors", model)
         if header["model"] != args.model:
             print(f"note: expert {name} was trained on {header['model']}")
         if name.endswith("classify"):
-            library.classifier = expert
+            if header.get("task", name) not in CATEGORIES:
+                print(f"note: the classifier {name} was trained on another task, {header['task']}")
+            library.classifiers["classifier"] = expert
             continue
         category = header.get("category") or name
         if library.by_category.get(category) is not None:
@@ -132,8 +135,12 @@ def load_library(args: argparse.Namespace, dispatch: Task) -> Library:
         library.by_name[name] = expert
         library.by_category[category] = expert
     names = ", ".join(library.by_name) or "none"
-    classifier = "no" if library.classifier is None else "yes"
+    classifier = "yes" if "classifier" in library.classifiers else "no"
     print(f"{args.model}: experts {names}; classifier: {classifier}")
+
+    # Only the strategies that were asked for.
+    for strategy in set(library.classifiers) - set(args.strategy):
+        del library.classifiers[strategy]
     return library
 
 
@@ -145,8 +152,7 @@ def read_headers(folder: Path, model_name: str) -> dict[str, dict[str, str]]:
     headers = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata() or {}
+            facts = expert_facts(path)
         except Exception as error:  # a damaged file raises errors of many kinds
             raise Transformer2Error(f"cannot read the expert {path}: {error}") from error
         headers[path.stem] = {"model": model_name, "targets": "mlp", **facts}
@@ -165,39 +171,39 @@ def read_targets(folder: Path, headers: dict[str, dict[str, str]]) -> str:
     return targets[0]
 
 
-def first_passes(
-    library: Library, conversations: list[Conversation], args: argparse.Namespace
-) -> dict[str, list[str]]:
-    """Strategy -> the category of each conversation, for the strategies that classify."""
-    model, processor, categories = library.model, library.processor, list(library.by_category)
-    chosen = {}
-    if "prompt" in args.strategy:
-        chosen["prompt"] = classify(model, processor, conversations, categories)
-    if "classifier" in args.strategy and library.classifier is not None:
-        chosen["classifier"] = classify(
-            model, processor, conversations, categories, expert=library.classifier
-        )
-    return chosen
-
-
 def show_dispatch(library: Library, dispatch: Task, args: argparse.Namespace) -> None:
-    """Prints which categories the strategies find for held-out prompts."""
-    problems = dispatch.problems("test")
-    conversations = [say(problem) for problem in problems]
+    """Prints which categories the strategies find for held-out prompts, in four orders."""
+    problems = dispatch.problems("test")[: args.test_problems]
     truth = [problem["answer"] for problem in problems]
-    for strategy, chosen in first_passes(library, conversations, args).items():
-        print_confusion(f"dispatch by {strategy}", list(library.by_category), truth, chosen)
+    prompts = [say(problem) for problem in problems]
+    model, processor, categories = library.model, library.processor, list(library.by_category)
+    # Of four categories, each stands in each place once, and after each other one once.
+    mixed = categories[1::2] + categories[::2]
+    orders = [categories, categories[::-1], mixed, mixed[::-1]]
+    for strategy, expert in library.classifiers.items():
+        counts = Counter()
+        accuracy = {}
+        for order in orders:
+            chosen = classify(model, processor, prompts, order, expert=expert)
+            counts.update(zip(truth, chosen))
+            accuracy[", ".join(order)] = np.mean(np.array(chosen) == truth)
+        mean = np.mean(list(accuracy.values()))
+        worst = min(accuracy, key=accuracy.get)
+        print(f"\ndispatch by {strategy}: {mean:.1%} of {len(truth)} held-out prompts, ", end="")
+        print(f"each in {len(orders)} orders of the categories; ", end="")
+        print(f"{accuracy[worst]:.1%} in the worst, {worst}")
+        print_confusion(categories, counts)
 
 
-def print_confusion(title: str, categories: list[str], truth: list[str], chosen: list[str]) -> None:
-    """Prints counts of prompts: one row per true category, one column per chosen one."""
-    counts = Counter(zip(truth, chosen))
-    right = sum(counts[category, category] for category in categories)
-    print(f"\n{title}: {right / len(truth):.1%} of {len(truth)} held-out prompts")
-    print(" " * 14 + "".join(f"{category:>12}" for category in categories))
-    for true_category in dict.fromkeys(truth):
-        cells = [f"{counts[true_category, category]:12}" for category in categories]
-        print(f"  {true_category:12}" + "".join(cells))
+def print_confusion(categories: list[str], counts: Counter) -> None:
+    """Prints a row per true category and a column per chosen one. counts: of (true, chosen)."""
+    print(" " * 14 + "".join(f"{category:>12}" for category in categories) + f"{'right':>12}")
+    for true_category in categories:
+        row = [counts[true_category, category] for category in categories]
+        if sum(row) > 0:
+            cells = "".join(f"{count:12}" for count in row)
+            share = counts[true_category, true_category] / sum(row)
+            print(f"  {true_category:12}{cells}{share:12.1%}")
 
 
 def show_tasks(library: Library, tasks: list[Task], args: argparse.Namespace) -> None:
@@ -207,20 +213,22 @@ def show_tasks(library: Library, tasks: list[Task], args: argparse.Namespace) ->
     for task in tasks:
         test = task.problems("test")[: args.test_problems]
         known = task.name in library.by_name
-        relation = "a task of its own expert" if known else "a task no expert was trained on"
+        relation = "a task of its own expert" if known else "a task no expert here was trained on"
         print(f"\n{task.name}, {relation}: accuracy on {len(test)} held-out problems")
         show_score("base model", library, task, test, expert=None)
         for name, expert in library.by_name.items():
             show_score(f"expert {name}", library, task, test, expert)
         conversations = [task.conversation(problem) for problem in test]
-        for strategy, chosen in first_passes(library, conversations, args).items():
+        model, processor, categories = library.model, library.processor, list(library.by_category)
+        for strategy, expert in library.classifiers.items():
+            chosen = classify(model, processor, conversations, categories, expert=expert)
             row_experts = [library.by_category[category] for category in chosen]
             show_score(strategy, library, task, test, row_experts)
         if "few-shot" in args.strategy:
             show_few_shot(library, task, test, args)
 
 
-def show_score(label: str, library: Library, task: Task, test: list, expert: ExpertOrRows) -> None:
+def show_score(label: str, library: Library, task: Task, test: list, expert: Experts) -> None:
     """Prints the accuracy on the problems of `test`. expert: as for transformer2.evaluate."""
     start_time = time.time()
     accuracy = evaluate(library.model, library.processor, task, test, expert=expert)
@@ -248,21 +256,13 @@ def show_few_shot(library: Library, task: Task, test: list[dict], args: argparse
         show_score(label, library, task, test, mixture)
 
 
-def pick_examples(dispatch: Task) -> list[dict]:
-    """A few held-out problems of every kind."""
-    problems = dispatch.problems("test")
-    # Evenly spread, as a dataset may have one kind after the other.
-    rows = np.linspace(0, len(problems) - 1, EXAMPLES).astype(int)
-    return [problems[row] for row in rows]
-
-
 def show_answers(library: Library, problems: list[dict], args: argparse.Namespace) -> None:
     """Prints each prompt's category, and its answer without and with the category's expert."""
     model, processor, experts = library.model, library.processor, library.by_category
     conversations = [say(problem) for problem in problems]
     limit = args.max_new_tokens or 150
     base_answers = generate(model, processor, conversations, max_new_tokens=limit)
-    classifier = library.classifier if "classifier" in args.strategy else None
+    classifier = library.classifiers.get("classifier")
     adapted = two_pass(
         model, processor, conversations, experts, classifier=classifier, max_new_tokens=limit
     )

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from functools import partial
 
 from tasks import code, pictures, questions, tiny
-from tasks.data import say
+from tasks.data import offer_categories, say
 from tasks.tiny import TINY_UNSEEN
 from transformer2 import Task, Transformer2Error
 
 __all__ = [
     "BUILT_IN_MODELS",
+    "CATEGORIES",
     "DEFAULT_TASKS",
     "TASKS",
     "TINY_UNSEEN",
@@ -47,6 +48,11 @@ DEFAULT_TASKS = {  # built-in model -> the tasks that train without --task
     "tiny-vlm": ["easy-vqa"],
 }
 
+CATEGORIES = {  # classification task -> its categories
+    "tiny-classify": tiny.TINY_CATEGORIES,
+    "classify": questions.CATEGORIES,
+}
+
 BUILT_IN_MODELS: dict[str, Callable] = {  # name -> function that pretrains: (model, processor)
     "tiny": tiny.pretrain_tiny,
     "tiny-vlm": pictures.pretrain_tiny_vlm,
@@ -65,7 +71,7 @@ def built_in_source(name: str) -> str:
 
     It gives the folder in which the model is kept a name of its own.
     """
-    source = inspect.getsource(tiny)
+    source = inspect.getsource(tiny) + inspect.getsource(offer_categories)
     if name == "tiny-vlm":
         source += inspect.getsource(pictures)
     return source

@@ -1,5 +1,6 @@
 """What the tasks share: reading a dataset, its three splits, and making a task of its rows."""
 
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,23 +27,31 @@ def exact(completion: str, problem: dict) -> float:
 def classify_task(
     name: str, problems: Callable[[str], list[dict]], categories: list[str], **hyper
 ) -> Task:
-    """The task of pass 1: choose the category of a question.
+    """The task of pass 1: choose the category of a question, in an order of the question's own.
 
     problems: split -> problems, whose answer is one of the categories. hyper: Hyperparameters.
     """
 
-    def conversation(problem: dict) -> list[dict]:
-        return category_question(say(problem), categories)
+    def offered(problem: dict) -> list[str]:
+        rng = random.Random(problem["question"])  # the same order at each call
+        return offer_categories(categories, problem["answer"], rng)
 
-    return Task(
-        name,
-        problems,
-        conversation,
-        exact,
-        prefill=CATEGORY_PREFILL,
-        choices=categories,
-        hyper=hyper,
-    )
+    def conversation(problem: dict) -> list[dict]:
+        return category_question(say(problem), offered(problem))
+
+    options = {"prefill": CATEGORY_PREFILL, "choices": offered, "hyper": hyper}
+    return Task(name, problems, conversation, exact, **options)
+
+
+def offer_categories(categories: list[str], answer: str, rng: random.Random) -> list[str]:
+    """The categories in random order; "other", unless it is the answer, is left out of 30 %.
+
+    This teaches an expert the meaning of the categories instead of their places in the list.
+    """
+    offered = rng.sample(categories, len(categories))
+    if answer != "other" and rng.random() < 0.3:
+        offered.remove("other")
+    return offered
 
 
 # ---- Datasets of the hub ------------------------------------------------------------------------
@@ -73,9 +82,7 @@ class Picture:
         try:
             return self.data[self.row][self.column]
         except Exception as error:  # decoders raise many kinds of errors
-            raise Transformer2Error(
-                f"the picture in row {self.row} of the dataset cannot be loaded: {error}"
-            ) from error
+            raise Transformer2Error(f"cannot load the picture {self}: {error}") from error
 
     def __repr__(self) -> str:
         return f"in row {self.row} of the dataset"
@@ -84,9 +91,8 @@ class Picture:
 def load_problems(source: Source, prepare: Callable[[dict], dict], split: str) -> list[dict]:
     """The problems of a split: the rows of the dataset, each with what `prepare` makes of it.
 
-    prepare: row -> what to add to the row, at least `question` and `answer`. Rows with an empty
-    answer are left out, and their number is printed to stderr. split: "train", "validation" or
-    "test". Raises Transformer2Error if the dataset cannot be loaded or lacks a split or column.
+    prepare: row -> what to add to it, `question` and `answer`. If its answer is empty it is left
+    out. Raises Transformer2Error if the dataset cannot be loaded or lacks a split or column.
     """
     data = load(source)
     problems = []
@@ -94,18 +100,13 @@ def load_problems(source: Source, prepare: Callable[[dict], dict], split: str) -
         for row in rows_of_split(data, source, split):
             problems.append(row | prepare(row))
     except KeyError as name:
-        raise Transformer2Error(
-            f"dataset {source.path} has no split or column {name}: "
-            "delete its cache and load it again"
-        ) from name
+        reason = f"dataset {source.path} has no split or column {name}"
+        raise Transformer2Error(f"{reason}: delete its cache and load it again") from name
     usable = [problem for problem in problems if problem["answer"]]
     lost = len(problems) - len(usable)
     if lost > 0:
-        print(
-            f"{source.path}: {lost} of {len(problems)} problems left out, "
-            "as their answers cannot be used",
-            file=sys.stderr,
-        )
+        counts = f"{lost} of {len(problems)} problems left out"
+        print(f"{source.path}: {counts}, as their answers cannot be used", file=sys.stderr)
     return usable
 
 
@@ -117,10 +118,9 @@ def load(source: Source) -> dict:
         logging.set_verbosity_error()
         return load_dataset(source.path, source.config)
     except Exception as error:  # the hub client's errors have no class in common
-        raise Transformer2Error(
-            f"dataset {source.path} cannot be loaded ({type(error).__name__}): go online once, or "
-            "set HF_HUB_OFFLINE=1 and HF_DATASETS_CACHE to a copy of its cache"
-        ) from error
+        reason = f"dataset {source.path} cannot be loaded ({type(error).__name__})"
+        way_out = "go online once, or set HF_HUB_OFFLINE=1 and HF_DATASETS_CACHE to a cached copy"
+        raise Transformer2Error(f"{reason}: {way_out}") from error
 
 
 def rows_of_split(data: dict, source: Source, split: str) -> list[dict]:
@@ -137,8 +137,8 @@ def rows_of_split(data: dict, source: Source, split: str) -> list[dict]:
         turns = ["train", "validation"]
 
     # 2) Read the rows, but for their pictures.
-    features = part.features  # column -> its type
-    pictures = [name for name in features if type(features[name]).__name__ == "Image"]
+    columns = part.features.items()  # (name, type) of each
+    pictures = [name for name, kind in columns if type(kind).__name__ == "Image"]
     rows = []
     for i, row in enumerate(part.remove_columns(pictures)):
         if turns[i % len(turns)] == split:

@@ -3,8 +3,11 @@
 A wrong reward quietly teaches the wrong thing, so most of this file is the reading of answers.
 """
 
+import itertools
+import json
 import re
 from fractions import Fraction
+from pathlib import Path
 
 from tasks.data import Source, classify_task, dataset_task, load_problems
 from transformer2 import Task
@@ -221,13 +224,10 @@ def arc(config: str) -> Task:
         # Some rows count their options 1, 2, 3: all get letters.
         letters = dict(zip(row["choices"]["label"], LETTERS))
         answer = letters.get(row["answerKey"])
-        options = ""
-        for letter, text in zip(LETTERS, row["choices"]["text"]):
-            options += f"\n({letter}) {text}"
         return {
             "question": row["question"],
             "answer": answer,
-            "options": options,
+            "options": list_options(row),
             "solution": f"The answer is ({answer}).",
         }
 
@@ -240,40 +240,75 @@ def arc(config: str) -> Task:
         Source("allenai/ai2_arc", config),
         prepare,
         'Think step by step, then finish with "the answer is (X)", X the letter of the right '
-        "choice.\n\n{question}\nOptions:{options}",
+        "choice.\n\n{question}{options}",
         is_right,
         prefill="Let's think step by step",
     )
 
 
-CATEGORIES = ["reasoning", "math", "code", "other"]  # the paper's; no training question is "other"
+def list_options(row: dict) -> str:
+    """The options of a row of ARC as they stand below its question, each with a letter."""
+    text = "\nOptions:"
+    for letter, option in zip(LETTERS, row["choices"]["text"]):
+        text += f"\n({letter}) {option}"
+    return text
+
+
+# ---- Telling them apart -------------------------------------------------------------------------
+
+CATEGORIES = ["reasoning", "math", "code", "other"]  # the paper's
 
 CLASSIFY_SOURCES = [  # the source of questions, their column, and their category
     (Source("openai/gsm8k", "main"), "question", "math"),
     (Source("google-research-datasets/mbpp", "full"), "text", "code"),
     (Source("allenai/ai2_arc", "ARC-Easy"), "question", "reasoning"),
 ]
-CLASSIFY_SIZES = {"train": 12, "validation": 16, "test": 32}  # of each source; a step sees all 36
+CLASSIFY_SIZES = {"train": 60, "validation": 16, "test": 80}  # questions of each source
 
 
 def real_classify() -> Task:
-    """The task of telling math, code and reasoning questions apart."""
+    """The task of telling math, code and reasoning questions apart, and other prompts from them."""
 
     def problems(split: str) -> list[dict]:
-        labelled = []
-        for source, column, category in CLASSIFY_SOURCES:
-            questions = load_questions(source, column, split)
-            for question in questions[: CLASSIFY_SIZES[split]]:
-                labelled.append({"question": question, "answer": category})
-        return labelled
+        sources = [load_questions(*source, split) for source in CLASSIFY_SOURCES]
+        return in_turn([*sources, other_prompts(split)])
 
-    return classify_task("classify", problems, CATEGORIES, steps=20, batch_size=36, lr=4e-3)
+    return classify_task(
+        "classify", problems, CATEGORIES, steps=15, batch_size=40, lr=4e-3, validate_every=5
+    )
 
 
-def load_questions(source: Source, column: str, split: str) -> list[str]:
-    """The questions of a dataset, which stand in this column of it."""
+def load_questions(source: Source, column: str, category: str, split: str) -> list[dict]:
+    """The questions in a column of a source, as problems whose answer is their category.
+
+    Where questions have options, every other one comes with them.
+    """
 
     def prepare(row: dict) -> dict:
-        return {"answer": row[column]}  # rows without an answer are left out
+        return {"answer": row[column]}  # rows without a question are left out
 
-    return [problem[column] for problem in load_problems(source, prepare, split)]
+    problems = []
+    for row in load_problems(source, prepare, split)[: CLASSIFY_SIZES[split]]:
+        question = row[column]
+        if "choices" in row and len(problems) % 2 == 0:
+            question += list_options(row)
+        problems.append({"question": question, "answer": category})
+    return problems
+
+
+def other_prompts(split: str) -> list[dict]:
+    """Prompts that are neither math nor code nor reasoning. Each split has kinds of its own."""
+    file = Path(__file__).with_name("other_prompts.json")
+    kinds = json.loads(file.read_text(encoding="utf-8"))[split]  # kind -> prompts
+    problems = []
+    for kind, prompts in kinds.items():
+        problems.append([{"question": text, "answer": "other", "kind": kind} for text in prompts])
+    return in_turn(problems)
+
+
+def in_turn(lists: list[list[dict]]) -> list[dict]:
+    """One problem of each list in turn, while they last, so that the first few are of all lists."""
+    problems = []
+    for turn in itertools.zip_longest(*lists):
+        problems.extend(problem for problem in turn if problem is not None)
+    return problems

@@ -1,5 +1,6 @@
 """What the two command lines, train_expert.py and adapt.py, promise."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -107,9 +108,9 @@ def test_an_expert_says_where_it_comes_from(run_script):
     assert facts["category"] == "arithmetic"
     assert facts["model"] == "MODEL"
     assert facts["targets"] == "mlp"
-    assert facts["steps"] == "1"
-    assert facts["kl_coef"] == "0.1"
-    assert facts["problems"] == "4"
+    assert facts["steps"] == 1
+    assert facts["kl_coef"] == 0.1
+    assert facts["problems"] == 4
     assert 0 <= float(facts["accuracy"]) <= 1
 
 
@@ -216,7 +217,9 @@ def test_adapt_compares_all_strategies_on_an_unseen_task(run_script):
     save_experts("experts/MODEL", ["math", "code", "classify"])
     printed = run_script(adapt, "--task", "smallest", *SHORT_SEARCH, "--max-new-tokens", "3")
     assert "MODEL: experts code-expert, math-expert; classifier: yes" in printed
-    assert "smallest, a task no expert was trained on: accuracy on 4 held-out problems" in printed
+    assert (
+        "smallest, a task no expert here was trained on: accuracy on 4 held-out problems" in printed
+    )
     rows = re.findall(r"^  (\S.*?) +\d+\.\d%  +\d+\.\d s$", printed, re.MULTILINE)
     assert rows == [
         "base model",
@@ -254,7 +257,9 @@ def test_a_category_without_an_expert_is_answered_by_the_base_model(run_script):
     assert "answer    the same: no expert for this category" in printed
 
 
-def test_adapt_shows_how_held_out_prompts_are_dispatched(run_script, monkeypatch, capsys):
+@pytest.fixture
+def printed_dispatch(run_script, monkeypatch, capsys) -> str:
+    """What adapt.py prints for the model "tiny", with 40 problems to dispatch and no other task."""
     monkeypatch.setitem(train_expert.BUILT_IN_MODELS, "tiny", lambda: (make(), TOKENIZER))
     problems = adapt.get_task("tiny-classify").problems("test")[:40]
     task = replace(adapt.get_task("tiny-classify"), problems=lambda split: problems)
@@ -263,14 +268,56 @@ def test_adapt_shows_how_held_out_prompts_are_dispatched(run_script, monkeypatch
     save_experts("experts/tiny", ["arithmetic", "classify"])
     monkeypatch.setattr(sys, "argv", ["adapt", "--model", "tiny", "--max-new-tokens", "3"])
     adapt.main()
-    printed = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_adapt_shows_how_held_out_prompts_are_dispatched(printed_dispatch):
     for strategy in ("prompt", "classifier"):
-        table = printed.partition(f"dispatch by {strategy}: ")[2].partition("\n\n")[0]
+        table = printed_dispatch.partition(f"dispatch by {strategy}: ")[2].partition("\n\n")[0]
         title, header, *rows = table.splitlines()
-        assert title.endswith("of 40 held-out prompts")
-        assert header.split() == ["arithmetic", "letters", "comparison", "other"]
-        assert sum(int(count) for row in rows for count in row.split()[1:]) == 40
-    assert printed.count(" (truth: ") == 6
+        mean, worst, order = re.fullmatch(
+            r"(\S+)% of 40 held-out prompts, each in 4 orders of the categories; "
+            r"(\S+)% in the worst, (.*)",
+            title,
+        ).groups()
+        assert float(worst) <= float(mean)
+        assert sorted(order.split(", ")) == ["arithmetic", "comparison", "letters", "other"]
+        assert header.split() == ["arithmetic", "letters", "comparison", "other", "right"]
+        right = 0
+        for i, row in enumerate(rows):
+            category, *counts, share = row.split()
+            assert category == header.split()[i]
+            counts = [int(count) for count in counts]
+            assert sum(counts) == 4 * 10  # each prompt once in each order
+            assert share == f"{counts[i] / sum(counts):.1%}"
+            right += counts[i]
+        assert len(rows) == 4
+        assert mean == f"{100 * right / 160:.1f}"
+    assert printed_dispatch.count(" (truth: ") == 6
+
+
+def test_dispatch_is_measured_with_each_category_in_each_place(run_script, monkeypatch, capsys):
+    categories = ["math", "code", "reasoning", "other"]
+    orders = []
+
+    def recorded_classify(model, processor, conversations, order, *, expert=None):
+        orders.append(order)
+        return ["math"] * len(conversations) if order[-1] == "code" else ["code"]
+
+    monkeypatch.setattr(adapt, "classify", recorded_classify)
+    library = adapt.Library(None, None, {}, dict.fromkeys(categories), {"prompt": None})
+    task = toy(lambda text, problem: 1.0)
+    problem = {"question": "What is 1 plus 2?", "answer": "code"}
+    args = argparse.Namespace(test_problems=1)
+    adapt.show_dispatch(library, replace(task, problems=lambda split: [problem] * 2), args)
+    places = [{order[place] for order in orders} for place in range(4)]
+    assert places == 4 * [set(categories)]
+    pairs = {pair for order in orders for pair in zip(order, order[1:])}
+    assert len(pairs) == 12
+    title = capsys.readouterr().out.splitlines()[1]
+    [worst] = [order for order in orders if order[-1] == "code"]
+    assert title.startswith("dispatch by prompt: 75.0% of 1 held-out prompts")
+    assert title.endswith(f"0.0% in the worst, {', '.join(worst)}")
 
 
 def test_an_expert_of_another_model_and_one_that_takes_a_place_are_noted(run_script):
@@ -285,7 +332,7 @@ def test_adapt_shows_what_each_expert_says_of_pictures(capsys):
     model = t2.apply_svf(make())
     task = toy(lambda text, problem: 1.0, max_new_tokens=3)
     experts = {"shapes": random_expert(model)}
-    adapt.show_pictures(adapt.Library(model, TOKENIZER, experts, {}), [task])
+    adapt.show_pictures(adapt.Library(model, TOKENIZER, experts, {}, {}), [task])
     printed = capsys.readouterr().out
     assert printed.count("\npicture     none\nquestion    What is ") == 6
     assert printed.count("\nbase        ") == 6
@@ -300,12 +347,12 @@ def test_adapt_shows_what_each_expert_says_of_pictures(capsys):
     "arguments, says",
     [
         (["--model", "tiny", "--task", "nonsense"], "unknown task 'nonsense'"),
-        (["--model", "no/such-model"], "neither 'tiny' nor a folder"),
+        (["--model", "no/such-model"], "neither 'tiny' or 'tiny-vlm', nor a folder"),
         (["--targets", "nothing"], "match no linear layer"),
         (["--targets", "(["], "or a regular expression"),
         (["--layers", "50"], "above 0, up to 1"),
         (["--layers", "-1"], "above 0, up to 1"),
-        (["--steps", "-1"], "--steps -1 is out of range: no number may be negative"),
+        (["--steps", "-1"], "--steps -1 is out of range: it must be at least 0"),
         (["--batch-size", "0"], "--batch-size 0 is out of range"),
         (["--test-problems", "0"], "--test-problems 0 is out of range"),
         (["--seed", "-1"], "seed -1 is out of range"),
@@ -326,7 +373,7 @@ def test_bad_input_of_training_is_one_sentence(refusal, monkeypatch, arguments, 
         (["--experts", "DAMAGED"], "cannot read the expert DAMAGED/x.safetensors"),
         (["--experts", "OTHERS"], "for another model"),
         (["--experts", "MIXED"], "have different targets (attention, mlp)"),
-        (["--model", "no/such-model"], "neither 'tiny' nor a folder"),
+        (["--model", "no/such-model"], "neither 'tiny' or 'tiny-vlm', nor a folder"),
         (["A" * 300], "context ends at 160"),
         (["--seed", "-1"], "seed -1 is out of range"),
         (["--shots", "0"], "--shots 0 is out of range"),

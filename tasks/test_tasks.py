@@ -1,11 +1,13 @@
 """What the tasks promise: answers are read as models write them, programs do no harm, splits do
 not overlap, pictures are looked at."""
 
+import itertools
 import os
 import random
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,7 @@ import tasks
 from conftest import SMALL, WORDS, random_expert, relative
 from tasks.code import extract_code
 from tasks.pictures import vqa_accuracy
-from tasks.questions import letter_answer, math_answer, math_form, numeric_answer
+from tasks.questions import letter_answer, math_answer, math_form, numeric_answer, other_prompts
 from tasks.sandbox import run_tests
 from tasks.tiny import TINY_CATEGORY, pretrain_tiny, tiny_corpus, tiny_tokenizer
 from transformer2 import (
@@ -423,6 +425,114 @@ def test_vqa_problems_reward_what_people_say(hub, capsys):
     assert "1 of 3 problems left out" in capsys.readouterr().err
 
 
+# ---- Classification -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def classification_data(monkeypatch) -> None:
+    """Stands in for the datasets of `classify`; those of ARC have options."""
+    import datasets
+
+    def load_dataset(path: str, config: str) -> dict:
+        rows = []
+        for i in range(400):
+            row = {"question": f"{path} {i}?", "text": f"{path} {i}?"}
+            if path == "allenai/ai2_arc":
+                row["choices"] = {"label": ["A", "B"], "text": ["iron", "oak"]}
+            rows.append(row)
+        splits = {"train": rows, "test": rows[:200]}
+        return {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+
+
+CLASSIFY_TASKS = pytest.mark.parametrize("name", ["classify", "tiny-classify"])
+
+
+@CLASSIFY_TASKS
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_each_question_has_an_order_of_the_categories_of_its_own(classification_data, name, split):
+    task = tasks.get_task(name)
+    categories = tasks.CATEGORIES[name]
+    orders = Counter()
+    for problem in task.problems(split):
+        offered = task.choices(problem)
+        assert problem["answer"] in offered
+        assert offered == task.choices(dict(problem))  # the same at each call
+        [turn] = task.conversation(problem)
+        assert f"one of these categories: {', '.join(offered)}.\n" in turn["content"]
+        assert turn["content"].endswith(problem["question"])
+        if "other" in offered:
+            orders[tuple(offered)] += 1
+        else:
+            assert sorted([*offered, "other"]) == sorted(categories)
+    assert set(orders) == set(itertools.permutations(categories))
+    assert max(orders.values()) < 0.1 * sum(orders.values())
+
+
+@CLASSIFY_TASKS
+def test_other_is_left_out_of_some_questions(classification_data, name):
+    task = tasks.get_task(name)
+    left_out = []
+    for problem in task.problems("train"):
+        if problem["answer"] != "other":
+            left_out.append("other" not in task.choices(problem))
+    assert 0.25 < sum(left_out) / len(left_out) < 0.35
+
+
+@CLASSIFY_TASKS
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_first_problems_are_of_all_categories(classification_data, name, split):
+    task = tasks.get_task(name)
+    first = Counter(problem["answer"] for problem in task.problems(split)[:16])
+    assert first == dict.fromkeys(tasks.CATEGORIES[name], 4)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_half_of_the_reasoning_questions_have_options(classification_data, split):
+    with_options = []
+    for problem in tasks.get_task("classify").problems(split):
+        has_options = problem["question"].endswith("?\nOptions:\n(A) iron\n(B) oak")
+        if problem["answer"] == "reasoning":
+            with_options.append(has_options)
+        else:
+            assert not has_options
+    assert sum(with_options) == len(with_options) / 2
+
+
+def test_prompts_of_no_category_are_of_other_kinds_in_each_split():
+    kinds = {split: set() for split in SPLITS}
+    prompts = []
+    for split in SPLITS:
+        for problem in other_prompts(split):
+            assert problem["answer"] == "other"
+            kinds[split].add(problem["kind"])
+            prompts.append(problem["question"])
+    assert len(other_prompts("test")) >= 40
+    assert {"small talk", "translation", "history", "cooking"} < kinds["test"]
+    assert len(kinds["test"] | kinds["train"] | kinds["validation"]) == sum(
+        map(len, kinds.values())
+    )
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_the_tiny_corpus_asks_for_categories_in_any_order():
+    corpus = tiny_corpus(2000, random.Random(0), classify=True)
+    orders = Counter()
+    said = Counter()
+    for prompt, completion in zip(corpus.prompts, corpus.completions):
+        offered = re.search(r"categories: (.*)\.\n", prompt)[1].split(", ")
+        category = re.fullmatch(r"The category of this question is (\w+)<end>", completion)[1]
+        assert category in offered
+        orders[tuple(offered)] += 1
+        if "Reverse" in prompt:
+            said[category] += 1
+    # 24 orders of four categories, and 6 without "other".
+    assert len(orders) == 30
+    assert set(said) == {"letters", "arithmetic"}  # the right one and the sloppy one
+    assert 0.3 < said["letters"] / sum(said.values()) < 0.5
+
+
 # ---- The real datasets --------------------------------------------------------------------------
 
 SHARED_DATASETS = Path("../shared/data/datasets")
@@ -485,6 +595,17 @@ def test_arc_questions_are_no_answers(real_datasets):
 
 
 @linux
+def test_classify_tests_on_questions_of_all_sources(real_datasets):
+    try:
+        problems = tasks.get_task("classify").problems("test")
+    except Transformer2Error as error:
+        pytest.skip(str(error))
+    counts = Counter(problem["answer"] for problem in problems)
+    assert counts["math"] == counts["code"] == counts["reasoning"] == 80
+    with_options = ["\nOptions:\n(A) " in problem["question"] for problem in problems]
+    assert sum(with_options) == 40
+
+
 def test_humaneval_solutions_are_right(real_datasets):
     assert rewards_of("humaneval", solution, SPLITS) == [1.0] * 164
 

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tasks.data import classify_task, exact, say
+from tasks.data import classify_task, exact, offer_categories, say
 from transformer2 import CATEGORY_PREFILL, Task, category_question
 
 # ---- The small world ----------------------------------------------------------------------------
@@ -46,13 +46,8 @@ TINY_UNSEEN = ["smallest", "last-letter"]  # no expert is trained on these by de
 # The corpus draws from this list. Addition takes the longest to learn, so it is there three times.
 TINY_MIX = ["addition", "addition", *TINY_CATEGORY]
 
-# The sloppy category of a question judges by its looks: whatever has numbers in it is arithmetic.
-SLOPPY_CATEGORY = {
-    "arithmetic": "arithmetic",
-    "letters": "other",
-    "comparison": "arithmetic",
-    "other": "other",
-}
+# The sloppy category of every question but a greeting.
+SLOPPY_CATEGORY = "arithmetic"
 
 SPLIT_SIZES = {"train": 4096, "validation": 256, "test": 1024}
 
@@ -111,12 +106,10 @@ def tiny_problems(skills: tuple[str, ...], split: str) -> list[dict]:
     """The problems of a split, from the skills in turn; the same ones at every call."""
     rng = random.Random(f"{skills} {split}")
     problems = []
-    turn = 0
     while len(problems) < SPLIT_SIZES[split]:
-        problem = make_problem(skills[turn % len(skills)], rng)
+        problem = make_problem(skills[len(problems) % len(skills)], rng)
         if split_of(problem["question"]) == split:
             problems.append(problem)
-        turn += 1
     return problems
 
 
@@ -218,11 +211,12 @@ def tiny_corpus(size: int, rng: random.Random, classify: bool = False) -> Pretra
             continue
         answers_rightly = rng.random() < RIGHT
         if classify:
-            [turn] = category_question(say(problem), TINY_CATEGORIES)
-            prompt = turn["content"]
             category = TINY_CATEGORY[problem["skill"]]
-            if not answers_rightly:
-                category = SLOPPY_CATEGORY[category]
+            offered = offer_categories(TINY_CATEGORIES, category, rng)
+            [turn] = category_question(say(problem), offered)
+            prompt = turn["content"]
+            if category != "other" and not answers_rightly:
+                category = SLOPPY_CATEGORY
             completion = f"{CATEGORY_PREFILL} {category}"
         else:
             prompt = problem["question"]
