@@ -55,7 +55,7 @@ def offer_categories(categories: list[str], answer: str, rng: random.Random) -> 
 
 
 # ---- Datasets of the hub ------------------------------------------------------------------------
-# Even training rows train and odd ones validate, as in the authors' code; the test split tests. Of
+# Even training rows train and odd ones validate (the authors' code: likewise for GSM8K and ARC). Of
 # a dataset with only a test split every 16th row is "train", which is enough for few-shot
 # adaptation, the rows halfway between these are "validation", and all the others "test".
 

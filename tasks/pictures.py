@@ -41,7 +41,7 @@ def plain(answer: str) -> str:
 
 
 def vqa_accuracy(text: str, problem: dict) -> float:
-    """The benchmark's accuracy, from 0 to 1: an answer is right if three people gave it.
+    """The benchmark's accuracy, from 0 to 1: right if four of ten people gave it.
 
     problem["answers"]: the people's. The mean over leaving each of them out.
     """

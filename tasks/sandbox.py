@@ -64,8 +64,9 @@ limit(resource.RLIMIT_NOFILE, 32)  # open files
 limit(resource.RLIMIT_CORE, 0)  # bytes of a core dump
 _signal.alarm(60)  # ends this process if the one that started it is killed
 
-# 6) From here on Python reports what the program does as audit events, and whatever is not known
-#    to be harmless ends the process: opening files, importing, connecting, starting processes, ...
+# 6) From here on Python reports what the program does as audit events, and every event that is not
+#    known to be harmless ends the process: opening files, importing, starting processes, ... Calls
+#    without an event, like os.stat, pass.
 harmless_events = '''builtins.id compile exec time.sleep object.__getattr__ object.__setattr__
     object.__delattr__ sys._getframe sys._getframemodulename'''
 

@@ -169,7 +169,7 @@ def test_other_formulas_stay_different(reference: str, text: str):
     "text, accuracy",
     [("Two.", 0.9), ("a T-Shirt", 0.9), ("y", 0.0)],
 )
-def test_a_vqa_answer_is_right_if_three_people_gave_it(text: str, accuracy: float):
+def test_a_vqa_answer_of_three_people_counts_nine_tenths(text: str, accuracy: float):
     people = ["Two", "Two", "2"] + 3 * ["the t-shirt."] + 4 * ["x"]
     assert vqa_accuracy(text, {"answers": people}) == pytest.approx(accuracy)
 
