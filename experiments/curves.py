@@ -277,8 +277,4 @@ def draw_legend(summaries: list[Summary], seeds: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except t2.Transformer2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    train_expert.guarded(main)

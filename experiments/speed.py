@@ -393,8 +393,4 @@ GROUPS = {
 }
 
 if __name__ == "__main__":
-    try:
-        main()
-    except t2.Transformer2Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    train_expert.guarded(main)
