@@ -661,15 +661,15 @@ def can_repeat_cache(model, inputs: dict) -> bool:
     # State-space layers (Mamba) and convolutions keep a state that transformers cannot repeat.
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
     repeatable = {"full_attention", "sliding_attention", "chunked_attention"}
+    only_attention = set(layer_types) <= repeatable
     has_state = getattr(without_peft(model), "_is_stateful", False)
-    has_state = has_state or not set(layer_types) <= repeatable
     # Layers under checkpointing run without a cache.
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     # A z for each row has B rows, but the choices run as N rows.
     z_per_row = any(layer.current_z().dim() > 1 for layer in svf_layers(model).values())
     # Pictures change how positions are counted.
     has_pictures = not TEXT_INPUTS.issuperset(inputs)
-    return not (has_state or checkpointed or z_per_row or has_pictures)
+    return only_attention and not (has_state or checkpointed or z_per_row or has_pictures)
 
 
 @torch.no_grad()
@@ -1246,6 +1246,7 @@ def gather_shares(values: list) -> list:
     n = distributed.get_world_size()
     shares = [None] * n
     distributed.all_gather_object(shares, values)
+    # Value i is number i // n of process i % n.
     return [shares[i % n][i // n] for i in range(sum(len(share) for share in shares))]
 
 
@@ -1312,7 +1313,7 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
                 check_shapes(shapes, svf_layers(model))
                 # An expert of a model with fewer blocks would fit by its names.
                 blocks = model.config.get_text_config().num_hidden_layers
-                if str(facts.get("blocks", blocks)) != str(blocks):
+                if facts.get("blocks", blocks) != blocks:
                     raise ValueError(f"it is for {facts['blocks']} blocks, the model has {blocks}")
             expert = {name: file.get_tensor(name) for name in file.keys()}
             header = (file.metadata() or {}).get("transformer2")
