@@ -764,7 +764,10 @@ def test_the_baseline_leaves_the_average_gradient_as_it_is():
 
 def choice_gradient(model: nn.Module, task: t2.Task, problems: list, hp: t2.Hyperparameters):
     """Adds the gradient of a task with choices, and gives the step's statistics."""
-    answers = [t2.choice_answers(TOKENIZER, task, problem) for problem in problems]
+    answers = [t2.choices_of(TOKENIZER, task, problem) for problem in problems]
+    for problem, choices in zip(problems, answers):
+        for choice in choices:
+            choice.reward = task.reward(choice.text, problem)
     return t2.add_gradient(model, TOKENIZER, task, problems, answers, hp)
 
 

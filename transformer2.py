@@ -66,11 +66,9 @@ def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     if weight.shape[0] < weight.shape[1]:  # wide: decompose Wᵀ, in which U and V change places
         V, s, Uh = decompose(weight.T)
         return Uh.T.contiguous(), s, V.T.contiguous()
-    W = weight.detach()
-    if W.device.type == "mps":  # it has no float64
-        W = W.cpu()
     # WᵀW has the eigenvalues s². In float32 a small s would drown in rounding.
-    W = W.double()
+    device = "cpu" if weight.device.type == "mps" else weight.device  # mps has no float64
+    W = weight.detach().to(device, torch.float64)
     V = torch.linalg.eigh(W.T @ W).eigenvectors.flip(-1)  # (r, r); eigh sorts from small to large
     scaled_U = W @ V  # (m, r)
     s = scaled_U.norm(dim=0)
@@ -117,16 +115,15 @@ class SVFLinear(nn.Module):
         if scale.dim() == 2:
             scale = spread_over_rows(scale, x)
         components = F.linear(x, self.Vh)  # Vᵀ x, (..., r)
-        scaled = (components * scale).to(x.dtype)
-        return F.linear(scaled, self.U, self.bias)
+        return F.linear((components * scale).to(x.dtype), self.U, self.bias)
 
 
 def apply_svf(model: Model, targets: str = "mlp", cache_dir: str | Path | None = None) -> Model:
-    """Freezes the model and puts an SVFLinear in the place of every matching layer.
+    """Freezes the model and puts an SVFLinear in the place of every matching layer, in place.
 
-    In place; returns the model. targets: "mlp" (as in the released code), "attention", "all", or a
-    regular expression over layer names; never embeddings or the output head. cache_dir: a folder
-    that keeps decompositions for the next time. Raises Transformer2Error if no layer matches.
+    targets: "mlp" (as in the released code), "attention", "all", or a regular expression over layer
+    names; never embeddings or the output head. cache_dir: a folder that keeps decompositions for
+    the next time. Returns the model. Raises Transformer2Error if no layer matches.
     """
     layers = matching_layers(model, targets).items()
     model.requires_grad_(False)
@@ -144,10 +141,8 @@ def merge_svf(model: Model) -> Model:
     """Folds the z's in use into layers of the original class. In place; returns the model."""
     for name, layer in svf_layers(model).items():
         dense_layer = layer.dense_layer[0]
-        weight = layer.weight.detach()
-        if isinstance(dense_layer, Conv1D):
-            weight = weight.T
-        dense_layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        weight = layer.weight.T if isinstance(dense_layer, Conv1D) else layer.weight
+        dense_layer.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
         model.set_submodule(name, dense_layer)
     return model
 
@@ -218,11 +213,11 @@ class Hyperparameters:
 
 @dataclass
 class Answer:
-    """The model's answer to a problem, and its reward."""
+    """An answer to a problem: one that the model wrote, or one of the task's choices."""
 
-    tokens: list[int]  # empty for a choice that rollout picked
+    tokens: list[int]
     text: str
-    reward: float
+    reward: float = 0.0
 
 
 @dataclass
@@ -238,10 +233,10 @@ class StepStats:
     validation: float | None = None  # accuracy, in the steps that measure it
 
     def __str__(self) -> str:
-        line = f"step {self.step:3}  reward {self.reward:+.3f}  KL {self.kl:.4f}"
-        line += f"  gradient {self.grad_norm:.2e}  {self.seconds:.1f} s"
-        if self.step == 0:  # only validates the start
-            line = "step   0"
+        line = f"step {self.step:3}"
+        if self.step > 0:  # step 0 only validates the start
+            line += f"  reward {self.reward:+.3f}  KL {self.kl:.4f}"
+            line += f"  gradient {self.grad_norm:.2e}  {self.seconds:.1f} s"
         if self.validation is not None:
             line += f"  validation {self.validation:.1%}"
         return line
@@ -305,13 +300,16 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
     order = torch.randperm(len(train_problems), generator=torch.Generator().manual_seed(seed))
     problems = [train_problems[i] for i in order[: hp.batch_size]]
     # 2) Answer each of them, with one sample or with all the choices of the task.
+    sampled = []
     if task.choices is None:
         z = get_expert(model)  # None would be the base model
         sampled = rollout(model, processor, task, problems, z, temperature=1.0, seed=seed)
         answers = [[answer] for answer in sampled]
     else:
-        sampled = []
-        answers = [choice_answers(processor, task, problem) for problem in problems]
+        answers = [choices_of(processor, task, problem) for problem in problems]
+        for problem, choices in zip(problems, answers):
+            for choice in choices:
+                choice.reward = float(task.reward(choice.text, problem))
     # 3) Add the gradient of -J to z.grad.
     stats = add_gradient(model, processor, task, problems, answers, hp)
     parameters = list(progress.parameters.values())
@@ -322,30 +320,27 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
     progress.optimizer.param_groups[0]["lr"] = hp.lr * (1 + cosine) / 2
     progress.optimizer.step()
     progress.optimizer.zero_grad()
-    stats.step = step
+    stats.step, stats.seconds = step, time.time() - start_time
     stats.mean_length = sum(len(answer.tokens) for answer in sampled) / max(1, len(sampled))
-    stats.seconds = time.time() - start_time
     return stats, sampled
 
 
 def rollout(model, processor, task, problems, expert, temperature, seed) -> list[Answer]:
     """An answer to each problem with its reward. For a task with choices, the likeliest of them."""
-    # All problems, or this process's share of them if several train together. A problem's number
-    # seeds its answer, so that the split over processes changes nothing.
-    numbers = my_share(range(len(problems)))
-    problems = my_share(problems)
+    # With several processes, each answers a share. A problem's number seeds its answer, so that
+    # the split changes nothing.
+    numbers, problems = my_share(range(len(problems))), my_share(problems)
     expert = select_experts(expert, numbers)
     if task.choices is None:
         prompts = [task.conversation(problem) for problem in problems]
         sampling = (task.max_new_tokens, temperature, task.prefill, seed)
         completions = generate_tokens(model, processor, prompts, expert, numbers, *sampling)
         texts = prepared_tokenizer(processor).batch_decode(completions, skip_special_tokens=True)
+        answers = [Answer(tokens, text) for tokens, text in zip(completions, texts)]
     else:
-        completions = [[]] * len(problems)
-        texts = likeliest_choices(model, processor, task, problems, expert)
-    answers = []
-    for problem, tokens, text in zip(problems, completions, texts):
-        answers.append(Answer(tokens, text, float(task.reward(text, problem))))
+        answers = likeliest_choices(model, processor, task, problems, expert)
+    for answer, problem in zip(answers, problems):
+        answer.reward = float(task.reward(answer.text, problem))
     return gather_shares(answers)
 
 
@@ -393,9 +388,7 @@ def answer_log_probs(model, task, inputs: dict, completions: list[list[list[int]
     return torch.cat([log_probs.log_softmax(0) for log_probs in scores])
 
 
-def completion_log_probs(
-    model: Model, inputs: dict[str, torch.Tensor], completions: list[list[int]]
-) -> torch.Tensor:
+def completion_log_probs(model: Model, inputs: dict, completions: list[list[int]]) -> torch.Tensor:
     """log π(ŷ|x) of one completion for each prompt, summed over its tokens: (B,), in float32.
 
     inputs: left-padded prompts from encode. completions: B lists of token ids. Differentiable.
@@ -428,12 +421,7 @@ def reinforce_loss(log_probs, ref_log_probs, advantages, kl_coef: float, weights
 
 
 def evaluate(
-    model: Model,
-    processor: Processor,
-    task: Task,
-    problems: list[dict],
-    *,
-    expert: Experts = None,
+    model: Model, processor: Processor, task: Task, problems: list[dict], *, expert: Experts = None
 ) -> float:
     """Mean accuracy of greedy answers, in [0, 1]. A reward below 0 counts as 0.
 
@@ -467,7 +455,8 @@ def classify(
     # The problems of this task are the conversations themselves.
     ask = partial(category_question, categories=categories)
     task = Task("classify", None, ask, None, prefill=CATEGORY_PREFILL, choices=categories)
-    return likeliest_choices(model, processor, task, conversations, expert)
+    chosen = likeliest_choices(model, processor, task, conversations, expert)
+    return [choice.text for choice in chosen]
 
 
 def two_pass(
@@ -482,8 +471,7 @@ def two_pass(
     """(category, answer) of each conversation: pass 1 classifies it, pass 2 answers.
 
     experts: category -> Expert, or None for the base model; "other", the base model, is added if it
-    is missing. classifier: z^c of strategy B. options: of generate. Batches mix the experts, one
-    for each row.
+    is missing. classifier: z^c of strategy B. options: of generate.
     """
     categories = list({**experts, "other": None})
     chosen = classify(model, processor, conversations, categories, expert=classifier)
@@ -502,13 +490,12 @@ def mix(experts: list[Expert], alphas: torch.Tensor | np.ndarray) -> Expert:
     mixture = {}
     for expert, expert_alphas in zip(experts, alphas):
         for name, z in expert.items():
-            block = 0
             block_number = re.search(r"\.(\d+)\.", name)  # 3 in model.layers.3.mlp.up_proj
+            alpha = expert_alphas[0]
             if block_number and len(expert_alphas) > 1:
-                block = int(block_number.group(1))
+                alpha = expert_alphas[int(block_number.group(1))]
             z = z.cpu()
-            so_far = mixture.get(name, torch.ones_like(z))  # the sum starts at 1
-            mixture[name] = so_far + expert_alphas[block] * (z - 1)
+            mixture[name] = mixture.get(name, torch.ones_like(z)) + alpha * (z - 1)
     return mixture
 
 
@@ -544,28 +531,23 @@ def few_shot(
     return mix(expert_list, alphas), torch.tensor(alphas, dtype=torch.float32)
 
 
-def score_mixtures(
-    model, processor, task, problems: list[dict], experts: list[Expert], candidates: list
-) -> list[tuple[float, float]]:
+def score_mixtures(model, processor, task, problems, experts: list[Expert], candidates) -> list:
     """(accuracy, mean log-likelihood of the right answers) of each candidate α.
 
-    The log-likelihood of an answer is summed over its tokens. The candidates answer together: a
-    batch has rows of several candidates, each under its own z.
+    The candidates answer together: a batch has rows of several of them, each under its own z.
     """
     all_problems, all_experts = [], []
     for alphas in candidates:
         all_problems += problems
         all_experts += [mix(experts, alphas)] * len(problems)
     answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
-    accuracies = np.array([max(0.0, answer.reward) for answer in answers])
+    accuracy = np.array([max(0.0, answer.reward) for answer in answers])
     # Score the worked solution by making it the only choice of its problem.
-    solutions = replace(
-        task, choices=lambda problem: [str(problem.get("solution", problem["answer"]))]
-    )
-    scores = score_choices(model, processor, solutions, all_problems, expert=all_experts)
-    log_likelihoods = np.array([log_probs.item() for log_probs in scores])
+    solution = replace(task, choices=lambda problem: [problem.get("solution", problem["answer"])])
+    log_probs = score_choices(model, processor, solution, all_problems, expert=all_experts)
+    log_likelihood = np.array([log_prob.item() for log_prob in log_probs])
     shape = (len(candidates), len(problems))
-    return list(zip(accuracies.reshape(shape).mean(1), log_likelihoods.reshape(shape).mean(1)))
+    return list(zip(accuracy.reshape(shape).mean(1), log_likelihood.reshape(shape).mean(1)))
 
 
 def cross_entropy_method(
@@ -588,9 +570,8 @@ def cross_entropy_method(
             candidates.append(mean + deviation * rng.standard_normal(shape))
         # 2) score them (accuracy first); the best so far stays among them, with its score
         scores = score(candidates)
-        if best is not None:
-            candidates.append(best)
-            scores.append(best_score)
+        if iteration > 0:
+            candidates, scores = [*candidates, best], [*scores, best_score]
         ranking = sorted(range(len(candidates)), key=lambda i: scores[i], reverse=True)
         best, best_score = candidates[ranking[0]], scores[ranking[0]]
         # 3) fit mean and deviation to the elite; an extra deviation, smaller in each iteration,
@@ -606,42 +587,32 @@ def cross_entropy_method(
 # ---- Tasks with choices: so few answers that all can be scored, instead of one sampled -----------
 
 
-def choice_log_probs(
-    model: Model, inputs: dict[str, torch.Tensor], choices: list[list[list[int]]]
-) -> list[torch.Tensor]:
+def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]]) -> list:
     """log π(choice|x) of every choice, summed over its tokens: a tensor (C,) for each prompt.
 
-    inputs: left-padded prompts from encode. choices: the token ids of each prompt's own choices;
-    their number may differ. Each prompt runs once, its key-value cache is repeated for its choices,
-    and the choices run on these copies. Differentiable, also through the cache.
+    inputs: left-padded prompts from encode. choices: token ids of each prompt's own choices; C may
+    differ. A prompt runs once, and its key-value cache is copied for its choices. Differentiable.
     """
     if not can_repeat_cache(model, inputs):
         return whole_choice_log_probs(model, inputs, choices)
     counts = [len(own_choices) for own_choices in choices]
-    # (N,): [0, 0, 0, 1, 1] for two prompts with 3 and 2 choices
-    prompt_of_choice = torch.arange(len(choices)).repeat_interleave(torch.tensor(counts))
-    prompt_of_choice = prompt_of_choice.to(model.device)
+    # The prompt of each choice, (N,): [0, 0, 0, 1, 1] for two prompts with 3 and 2 choices.
+    prompt_of = torch.arange(len(choices)).repeat_interleave(torch.tensor(counts)).to(model.device)
     tokens, mask = pad_right([choice for own in choices for choice in own], model.device)  # (N, T)
-
     # 1) Every prompt runs once. Its last position predicts the first token of all its choices.
-    prompt_output = run_model(model, inputs, logits_to_keep=1, use_cache=True)
-    first_logits = prompt_output.logits[prompt_of_choice, -1]  # (N, V)
-    log_probs = token_log_probs(first_logits, tokens[:, 0]) * mask[:, 0]  # (N,)
-
+    output = run_model(model, inputs, logits_to_keep=1, use_cache=True)
+    log_probs = token_log_probs(output.logits[prompt_of, -1], tokens[:, 0]) * mask[:, 0]  # (N,)
     # 2) The other tokens of each choice run on a copy of its prompt's cache. Running a token gives
     #    the logits of the next: tokens[:, :-1] run, tokens[:, 1:] are scored.
     if tokens.shape[1] > 1:
-        cache_name = "cache" if "cache" in prompt_output else "past_key_values"  # new, old
-        cache = prompt_output[cache_name]
-        cache.batch_select_indices(prompt_of_choice)  # in place: row i is a copy of its prompt's
-        prompt_mask = inputs["attention_mask"][prompt_of_choice]  # (N, P)
+        cache_name = "cache" if "cache" in output else "past_key_values"  # new, old
+        output[cache_name].batch_select_indices(prompt_of)  # in place: row i is that of choice i
         # The mask covers the cached prompt, too.
-        choice_mask = torch.cat([prompt_mask, mask[:, :-1]], dim=1)
+        choice_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
         choice_inputs = {"input_ids": tokens[:, :-1], "attention_mask": choice_mask}
-        choice_inputs[cache_name] = cache
+        choice_inputs[cache_name] = output[cache_name]
         logits = run_model(model, choice_inputs, use_cache=True).logits  # (N, T - 1, V)
-        later_log_probs = token_log_probs(logits, tokens[:, 1:]) * mask[:, 1:]
-        log_probs = log_probs + later_log_probs.sum(1)
+        log_probs = log_probs + (token_log_probs(logits, tokens[:, 1:]) * mask[:, 1:]).sum(1)
     return list(log_probs.split(counts))
 
 
@@ -660,15 +631,13 @@ def can_repeat_cache(model, inputs: dict) -> bool:
     """True if choice_log_probs can run the choices on copies of the prompts' cache."""
     # State-space layers (Mamba) and convolutions keep a state that transformers cannot repeat.
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    repeatable = {"full_attention", "sliding_attention", "chunked_attention"}
-    only_attention = set(layer_types) <= repeatable
+    only_attention = all(layer_type.endswith("attention") for layer_type in layer_types)
     has_state = getattr(without_peft(model), "_is_stateful", False)
     # Layers under checkpointing run without a cache.
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     # A z for each row has B rows, but the choices run as N rows.
     z_per_row = any(layer.current_z().dim() > 1 for layer in svf_layers(model).values())
-    # Pictures change how positions are counted.
-    has_pictures = not TEXT_INPUTS.issuperset(inputs)
+    has_pictures = not TEXT_INPUTS.issuperset(inputs)  # they change how positions are counted
     return only_attention and not (has_state or checkpointed or z_per_row or has_pictures)
 
 
@@ -677,8 +646,10 @@ def score_choices(
     model: Model, processor: Processor, task: Task, problems: list[dict], *, expert: Experts = None
 ) -> list[torch.Tensor]:
     """log π of the choices of each problem: a tensor (C,) for each. expert: as for use_expert."""
-    prompts = [task.conversation(problem) for problem in problems]
-    tokens = [choice_tokens(processor, task, problem) for problem in problems]
+    prompts, tokens = [], []
+    for problem in problems:
+        prompts.append(task.conversation(problem))
+        tokens.append([choice.tokens for choice in choices_of(processor, task, problem)])
     scores = {}
     budget = TOKEN_BUDGET // 4  # repeated caches are slow in larger batches
     for rows, inputs in batches(model, processor, prompts, task.prefill, tokens, budget):
@@ -688,46 +659,35 @@ def score_choices(
     return [scores[row] for row in range(len(problems))]
 
 
-def likeliest_choices(model, processor, task, problems, expert: Experts) -> list[str]:
+def likeliest_choices(model, processor, task, problems, expert: Experts) -> list[Answer]:
     """The likeliest choice of each problem."""
     scores = score_choices(model, processor, task, problems, expert=expert)
-    return [choices_of(task, problem)[row.argmax()] for problem, row in zip(problems, scores)]
+    return [choices_of(processor, task, p)[row.argmax()] for p, row in zip(problems, scores)]
 
 
-def choices_of(task: Task, problem: dict) -> list[str]:
-    """The possible answers to a problem. Raises Transformer2Error if there are none."""
-    choices = task.choices(problem) if callable(task.choices) else task.choices
-    if not choices:
+def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
+    """The possible answers to a problem, not yet rewarded. After a prefill they begin with a space.
+
+    Raises Transformer2Error if there are none.
+    """
+    texts = task.choices(problem) if callable(task.choices) else task.choices
+    if not texts:
         question = problem.get("question")
         raise Transformer2Error(f"task {task.name} has no choices for the problem {question!r}")
-    return choices
-
-
-def choice_answers(processor, task: Task, problem: dict) -> list[Answer]:
-    """All choices of a problem as answers, with their rewards."""
-    answers = []
-    for text, tokens in zip(choices_of(task, problem), choice_tokens(processor, task, problem)):
-        answers.append(Answer(tokens, text, float(task.reward(text, problem))))
-    return answers
-
-
-def choice_tokens(processor, task: Task, problem: dict) -> list[list[int]]:
-    """Token ids of the choices of a problem. After a prefill they begin with a space."""
-    tokenizer = prepared_tokenizer(processor)
-    prompt = task.conversation(problem)
-    is_plain = isinstance(prompt, str)
+    tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
     # The text just before a choice; after a chat template that is only the prefill.
-    before = prompt + task.prefill if is_plain else task.prefill
-    texts = choices_of(task, problem)
-    if task.prefill:
-        texts = [text if text[:1].isspace() else " " + text for text in texts]
-    tokens = [continuation(tokenizer, before, text) for text in texts]
+    before = prompt + task.prefill if isinstance(prompt, str) else task.prefill
+    choices = []
+    for text in texts:
+        space = " " if task.prefill and not text[:1].isspace() else ""
+        choices.append(Answer(continuation(tokenizer, before, space + text), text))
     # If one choice is the start of another ("math", "mathematics"), all get an end token, or the
     # shorter would always be the likelier. Benchmarks of plain text do without.
     needs_end = any(a != b and b.startswith(a) for a in texts for b in texts)
-    if needs_end and not is_plain and tokenizer.eos_token_id is not None:
-        tokens = [[*choice, tokenizer.eos_token_id] for choice in tokens]
-    return tokens
+    if needs_end and not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
+        for choice in choices:
+            choice.tokens = [*choice.tokens, tokenizer.eos_token_id]
+    return choices
 
 
 @lru_cache(maxsize=10_000)  # a search asks for the same choices again and again
@@ -735,8 +695,7 @@ def continuation(tokenizer, before: str, text: str) -> list[int]:
     """Token ids of a text that follows another: those of "is math" without those of "is".
 
     Tokenizers often have different tokens for "math" and " math". So the last word of `before` is
-    tokenized with the text, and its tokens are cut off. If they do not come out unchanged, the text
-    is tokenized alone.
+    tokenized with the text. If its tokens are not the same then, the text is tokenized alone.
     """
     last_word = before.split(" ")[-1]
     start = tokenizer(last_word, add_special_tokens=False)["input_ids"]
@@ -767,13 +726,11 @@ def generate(
     draws one from torch's generator. Raises Transformer2Error for a prompt that is longer than the
     model's context or cannot be encoded.
     """
-    if seed is None:
-        seed = int(torch.randint(2**31, ()))
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
     check_seed(seed)
     numbers = range(len(conversations))
-    completions = generate_tokens(
-        model, processor, conversations, expert, numbers, max_new_tokens, temperature, prefill, seed
-    )
+    sampling = (max_new_tokens, temperature, prefill, seed)
+    completions = generate_tokens(model, processor, conversations, expert, numbers, *sampling)
     return prepared_tokenizer(processor).batch_decode(completions, skip_special_tokens=True)
 
 
@@ -784,33 +741,30 @@ def generate_tokens(
 
     Answer i is drawn from the random stream (seed, numbers[i]), whatever its batch.
     """
-    tokenizer = prepared_tokenizer(processor)
+    tokenizer, causal_lm = prepared_tokenizer(processor), without_peft(model)
     ends = model.generation_config.eos_token_id
     if ends is None:
         ends = tokenizer.eos_token_id
     ends = [] if ends is None else np.ravel(ends).tolist()
     # A model must not write the token for a picture: it would expect one.
     image_token = getattr(processor, "image_token_id", None)
+    # These replace the model's own settings, or generate() would fill in what they leave open
+    # (top_k, repetition_penalty, ...). Greedy: a RowSampler makes it sampling.
     settings = GenerationConfig(
-        do_sample=False,  # a RowSampler turns greedy decoding into sampling
+        do_sample=False,
         eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=None if image_token is None else [image_token],
     )
-    # generate() would fill what our settings leave open from the model's generation_config
-    # (top_k, repetition_penalty, ...). So they replace that for the call.
-    causal_lm = without_peft(model)
     new_tokens = [[range(max_new_tokens)]] * len(conversations)  # batches needs only the length
+    batched = batches(model, processor, conversations, prefill, new_tokens, TOKEN_BUDGET, False)
     completions = {}
-    for rows, inputs in batches(
-        model, processor, conversations, prefill, new_tokens, TOKEN_BUDGET, keeps_logits=False
-    ):
+    for rows, inputs in batched:
         samplers = []
         if temperature > 0:
             row_seeds = [seed * 1_000_003 + numbers[row] for row in rows]
             samplers.append(RowSampler(model.device, row_seeds, temperature))
-        # A prompt near the end of the context is alone in its batch (see batches), so this cuts no
-        # other answer.
+        # A prompt near the end of the context is alone in its batch, so this cuts no other answer.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
@@ -901,13 +855,12 @@ def encode(
     Pictures add tensors of their own. Raises Transformer2Error for a prompt that is longer than
     the context or cannot be encoded.
     """
-    has_vision = hasattr(processor, "image_processor")
     try:
         if isinstance(conversations[0], str):
             texts = [text + prefill for text in conversations]
             inputs = prepared_tokenizer(processor)(texts, padding=True, return_tensors="pt")
         else:
-            inputs = apply_chat_template(processor, conversations, prefill, has_vision)
+            inputs = apply_chat_template(processor, conversations, prefill)
     except Exception as error:  # many kinds: an unknown role, a picture that does not load
         reason = f"a prompt cannot be encoded, check its roles and pictures: {error}"
         raise Transformer2Error(reason.splitlines()[0]) from error
@@ -915,30 +868,33 @@ def encode(
     if length >= context:
         reason = f"a prompt has {length} tokens, but the model's context ends at {context}"
         raise Transformer2Error(f"{reason}: shorten it")
-    # Language models do not take token_type_ids.
-    names = list(inputs) if has_vision else ["input_ids", "attention_mask"]
-    return {name: inputs[name].to(model.device) for name in names}
+    if not sees_pictures(processor):
+        inputs.pop("token_type_ids", None)  # language models do not take it
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-def apply_chat_template(processor, conversations, prefill: str, has_vision: bool) -> dict:
+def apply_chat_template(processor, conversations, prefill: str) -> dict:
     """Conversations through the chat template. A prefill is the start of the assistant's turn."""
     tokenizer = prepared_tokenizer(processor)
     if not processor.chat_template and not tokenizer.chat_template:
         print("note: no chat template, so prompts read 'User: ...'", file=sys.stderr)
         processor.chat_template = tokenizer.chat_template = FALLBACK_TEMPLATE
     start = [{"role": "assistant", "content": prefill}] if prefill else []
-    prompts = []
-    for conversation in conversations:
-        prompts.append([dict(message) for message in [*conversation, *start]])
-        for message in prompts[-1]:
-            if has_vision:
-                message["content"] = content_parts(message["content"])
-            elif not isinstance(message["content"], str):
-                raise ValueError("it has a picture, but the model reads only text")
+    prompts = [[dict(message) for message in [*turns, *start]] for turns in conversations]
+    for message in [message for prompt in prompts for message in prompt]:
+        if sees_pictures(processor):
+            message["content"] = content_parts(message["content"])
+        elif not isinstance(message["content"], str):
+            raise ValueError("it has a picture, but the model reads only text")
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     options |= {"add_generation_prompt": not prefill, "continue_final_message": bool(prefill)}
-    options |= {"processor_kwargs": {"padding": True}} if has_vision else {"padding": True}
+    padding = {"padding": True}
+    options |= {"processor_kwargs": padding} if sees_pictures(processor) else padding
     return processor.apply_chat_template(prompts, **options)
+
+
+def sees_pictures(processor) -> bool:
+    return hasattr(processor, "image_processor")
 
 
 def content_parts(content: str | list[dict]) -> list[dict]:
@@ -963,31 +919,30 @@ def batches(
     """
     # 1) The lengths of the prompts (with pictures 256 at a time, as these are large), and of the
     #    texts that follow.
-    has_vision = hasattr(processor, "image_processor")
-    lengths, at_once = [], 256 if has_vision else max(1, len(conversations))
+    at_once = 256 if sees_pictures(processor) else max(1, len(conversations))
+    lengths = []
     for start in range(0, len(conversations), at_once):
         encoded = encode(model, processor, conversations[start : start + at_once], prefill)
         lengths += encoded["attention_mask"].sum(1).tolist()
     new_lengths = [max(len(completion) for completion in own) for own in completions]
-    totals = [length + new_length for length, new_length in zip(lengths, new_lengths)]
     # 2) Groups of rows of similar length, the longest first.
+    totals = [length + new_length for length, new_length in zip(lengths, new_lengths)]
     vocabulary = model.config.get_text_config().vocab_size if keeps_logits else 0
     groups = []
     for row in sorted(range(len(totals)), key=lambda row: totals[row], reverse=True):
         group = [*groups[-1], row] if groups else [row]  # the last group with this row
         num_completions = len(group) * max(len(completions[i]) for i in group)
-        longest_new = max(new_lengths[i] for i in group)
-        num_tokens = num_completions * (max(lengths[i] for i in group) + longest_new)
-        num_logits = num_completions * longest_new * vocabulary
+        longest, longest_new = max(lengths[i] for i in group), max(new_lengths[i] for i in group)
+        fits = num_completions * (longest + longest_new) <= budget
+        fits = fits and num_completions * longest_new * vocabulary <= LOGIT_BUDGET
         # A row that may exceed the context stays alone, as its answer has less room than others.
-        in_context = totals[group[0]] <= context_length(model)
-        if groups and in_context and num_tokens <= budget and num_logits <= LOGIT_BUDGET:
+        if groups and fits and totals[group[0]] <= context_length(model):
             groups[-1] = group
         else:
             groups.append([row])
     # 3) The rows of each group without common padding. Tensors of pictures have other rows.
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
-        if has_vision:
+        if sees_pictures(processor):
             inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
         else:
             longest = max(lengths[row] for row in rows)
@@ -1054,18 +1009,17 @@ def reference_policy(model) -> contextlib.AbstractContextManager:
 def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextManager:
     """In this `with` block, transformer blocks save only their input and run again in backward().
 
-    A block of transformers does so if it is in training mode and has the attributes below. The
-    layers inside it stay in eval mode, so that nothing else changes.
+    For that a block is in training mode. The layers inside it stay in eval mode.
     """
     changes = []
-    run_block = partial(run_checkpointed, use_reentrant=False)
     for block in model.modules():
         if enabled and isinstance(block, GradientCheckpointingLayer):
-            new_values = {"gradient_checkpointing": True, "training": True}
-            new_values["_gradient_checkpointing_func"] = run_block
+            attributes = {"gradient_checkpointing": True, "training": True}
+            run_block = partial(run_checkpointed, use_reentrant=False)
+            attributes["_gradient_checkpointing_func"] = run_block
             # Some blocks call dropout themselves, with a rate of their own.
-            new_values |= {name: 0.0 for name in vars(block) if name.endswith("dropout")}
-            changes += [(block, name, value) for name, value in new_values.items()]
+            attributes |= {name: 0.0 for name in vars(block) if name.endswith("dropout")}
+            changes += [(block, name, value) for name, value in attributes.items()]
     if enabled and not changes:
         raise Transformer2Error("this model cannot be checkpointed: leave checkpointing off")
     return changed(changes)

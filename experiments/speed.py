@@ -334,8 +334,10 @@ def measure_options(bench: Benchmark) -> None:
     task = t2.Task("options", list, conversation, reward=None, choices=options)
     rewards = torch.tensor([1.0, -1.0, -1.0, -1.0], device=model.device)  # any values do
 
-    all_choices = [t2.choice_tokens(bench.processor, task, problem) for problem in problems]
-
+    all_choices = []
+    for problem in problems:
+        choices = t2.choices_of(bench.processor, task, problem)
+        all_choices.append([choice.tokens for choice in choices])
     prompts = [conversation(problem) for problem in problems]
     budget = t2.Hyperparameters.token_budget
 

@@ -263,7 +263,7 @@ CLASSIFY_SOURCES = [  # the source of questions, their column, and their categor
     (Source("google-research-datasets/mbpp", "full"), "text", "code"),
     (Source("allenai/ai2_arc", "ARC-Easy"), "question", "reasoning"),
 ]
-CLASSIFY_SIZES = {"train": 60, "validation": 16, "test": 80}  # questions of each source
+CLASSIFY_SIZES = {"train": 60, "validation": 16, "test": 60}  # questions of each source
 
 
 def real_classify() -> Task:
@@ -274,14 +274,15 @@ def real_classify() -> Task:
         return in_turn([*sources, other_prompts(split)])
 
     return classify_task(
-        "classify", problems, CATEGORIES, steps=15, batch_size=40, lr=4e-3, validate_every=5
+        "classify", problems, CATEGORIES, steps=18, batch_size=40, lr=4e-3, validate_every=5
     )
 
 
 def load_questions(source: Source, column: str, category: str, split: str) -> list[dict]:
     """The questions in a column of a source, as problems whose answer is their category.
 
-    Where questions have options, every other one comes with them.
+    Questions with options come twice, with them and without: "Which is a metal?" is harder to tell
+    from small talk where its options are not shown.
     """
 
     def prepare(row: dict) -> dict:
@@ -289,10 +290,10 @@ def load_questions(source: Source, column: str, category: str, split: str) -> li
 
     problems = []
     for row in load_problems(source, prepare, split)[: CLASSIFY_SIZES[split]]:
-        question = row[column]
-        if "choices" in row and len(problems) % 2 == 0:
-            question += list_options(row)
-        problems.append({"question": question, "answer": category})
+        problems.append({"question": row[column], "answer": category})
+        if "choices" in row:
+            question = row[column] + list_options(row)
+            problems.append({"question": question, "answer": category})
     return problems
 
 
