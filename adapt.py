@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from tasks import CATEGORIES, TASKS, TINY_UNSEEN, get_task, say
+from tasks import CATEGORIES, TASKS, TEST_PROBLEMS, TINY_UNSEEN, accuracies, get_task, interval, say
 from train_expert import CACHE, check_numbers, default_model, folder_name, guarded, load_model
 from transformer2 import (
     Expert,
@@ -24,7 +24,6 @@ from transformer2 import (
     Transformer2Error,
     apply_svf,
     classify,
-    evaluate,
     expert_facts,
     few_shot,
     generate,
@@ -51,15 +50,16 @@ class Library:
 def main() -> None:
     args = read_arguments()
     default_model(args)
+    args.population = args.population or (32 if args.model == "tiny" else 16)
+    args.iterations = args.iterations or (20 if args.model == "tiny" else 5)
     tasks = choose_tasks(args)
     dispatch = get_task("tiny-classify" if args.model == "tiny" else "classify")
     library = load_library(args, dispatch)
 
-    sees_pictures = hasattr(library.processor, "image_processor")
     if args.prompts:
         show_tasks(library, tasks, args)
         show_answers(library, [{"question": prompt} for prompt in args.prompts], args)
-    elif sees_pictures:
+    elif hasattr(library.processor, "image_processor"):  # it sees pictures
         show_pictures(library, tasks)
         show_tasks(library, tasks, args)
     elif args.task:
@@ -82,8 +82,8 @@ def read_arguments() -> argparse.Namespace:
     add("--task", nargs="+", metavar="UNSEEN", help=", ".join(TASKS))
     add("--strategy", nargs="+", default=STRATEGIES, choices=STRATEGIES, help="default: all")
     add("--shots", type=int, default=10, help="problems that few-shot adaptation may look at")
-    add("--population", type=int, default=32, help="candidates in an iteration of few-shot")
-    add("--iterations", type=int, default=20, help="of few-shot adaptation")
+    add("--population", type=int, help="candidates in an iteration; default: tiny 32, others 16")
+    add("--iterations", type=int, help="of the search of few-shot; default: tiny 20, others 5")
     add("--test-problems", type=int, help="score on so many held-out problems; default: all")
     add("--max-new-tokens", type=int, help="of an answer; default: the task's own, 150 to a prompt")
     add("--seed", type=int, default=0, help="of the few-shot examples and of the search")
@@ -130,8 +130,7 @@ def load_library(args: argparse.Namespace, dispatch: Task) -> Library:
             continue
         category = header.get("category") or name
         if library.by_category.get(category) is not None:
-            place = f"the place of another one for prompts of the category {category}"
-            print(f"note: expert {name} takes {place}")
+            print(f"note: expert {name} takes the place of another one for {category} prompts")
         library.by_name[name] = expert
         library.by_category[category] = expert
     names = ", ".join(library.by_name) or "none"
@@ -207,11 +206,11 @@ def print_confusion(categories: list[str], counts: Counter) -> None:
 
 
 def show_tasks(library: Library, tasks: list[Task], args: argparse.Namespace) -> None:
-    """Prints the accuracy of the base model, every expert and every strategy on each task."""
+    """Prints the accuracy of base model, experts and strategies on each task, with intervals."""
     if not library.by_name:  # only a classifier
         return
     for task in tasks:
-        test = task.problems("test")[: args.test_problems]
+        test = task.problems("test")[: args.test_problems or TEST_PROBLEMS.get(task.name)]
         known = task.name in library.by_name
         relation = "a task of its own expert" if known else "a task no expert here was trained on"
         print(f"\n{task.name}, {relation}: accuracy on {len(test)} held-out problems")
@@ -229,10 +228,11 @@ def show_tasks(library: Library, tasks: list[Task], args: argparse.Namespace) ->
 
 
 def show_score(label: str, library: Library, task: Task, test: list, expert: Experts) -> None:
-    """Prints the accuracy on the problems of `test`. expert: as for transformer2.evaluate."""
+    """Prints accuracy and its 95 % interval on `test`. expert: as for transformer2.evaluate."""
     start_time = time.time()
-    accuracy = evaluate(library.model, library.processor, task, test, expert=expert)
-    print(f"  {label:24} {accuracy:7.1%}  {time.time() - start_time:5.1f} s", flush=True)
+    shares = accuracies(library.model, library.processor, task, test, expert)
+    figures = [f"{n} {share:6.1%} ({interval(share, len(test))})" for n, share in shares.items()]
+    print(f"  {label:24} {', '.join(figures)}  {time.time() - start_time:5.1f} s", flush=True)
 
 
 def show_few_shot(library: Library, task: Task, test: list[dict], args: argparse.Namespace) -> None:

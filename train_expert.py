@@ -24,7 +24,7 @@ import torch
 import transformers
 from torch import distributed, nn
 
-from tasks import BUILT_IN_MODELS, DEFAULT_TASKS, TASKS, built_in_source, get_task
+from tasks import BUILT_IN_MODELS, DEFAULT_TASKS, TASKS, TEST_PROBLEMS, built_in_source, get_task
 from transformer2 import (
     TARGETS,
     Hyperparameters,
@@ -78,7 +78,7 @@ def read_arguments() -> argparse.Namespace:
     add("--kl-coef", type=float, help="λ, the weight of the KL; at 0, the default, not computed")
     add("--validation-problems", type=int, help="the first N choose the best step; 128")
     add("--seed", type=int, help="of the draw of problems and of the sampled answers")
-    add("--test-problems", type=int, help="score on the first N held-out ones; default: all")
+    add("--test-problems", type=int, help="score on the first N held-out ones; all, or 500")
     add("--max-new-tokens", type=int, help="of an answer; default: the task's own limit")
     add("--checkpointing", action="store_true", default=None, help="less memory, a third more time")
     add("--device-map", help="auto: spread a model over several GPUs (needs accelerate)")
@@ -171,7 +171,7 @@ def train_task(model: nn.Module, processor: Processor, task: Task, args: argpars
     if not args.resume and process_rank() == 0:
         progress.unlink(missing_ok=True)
 
-    test = task.problems("test")[: args.test_problems]
+    test = task.problems("test")[: args.test_problems or TEST_PROBLEMS.get(task.name)]
     print(f"\n{task.name}: the base model answers {len(test)} held-out problems")
     base = evaluate(model, processor, task, test)
     expert = reinforce(model, processor, task, checkpoint=progress, **task.hyper)

@@ -611,7 +611,8 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
         choice_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
         choice_inputs = {"input_ids": tokens[:, :-1], "attention_mask": choice_mask}
         choice_inputs[cache_name] = output[cache_name]
-        logits = run_model(model, choice_inputs, use_cache=True).logits  # (N, T - 1, V)
+        with use_expert_rows(model, prompt_of):
+            logits = run_model(model, choice_inputs, use_cache=True).logits  # (N, T - 1, V)
         log_probs = log_probs + (token_log_probs(logits, tokens[:, 1:]) * mask[:, 1:]).sum(1)
     return list(log_probs.split(counts))
 
@@ -635,10 +636,8 @@ def can_repeat_cache(model, inputs: dict) -> bool:
     has_state = getattr(without_peft(model), "_is_stateful", False)
     # Layers under checkpointing run without a cache.
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    # A z for each row has B rows, but the choices run as N rows.
-    z_per_row = any(layer.current_z().dim() > 1 for layer in svf_layers(model).values())
     has_pictures = not TEXT_INPUTS.issuperset(inputs)  # they change how positions are counted
-    return only_attention and not (has_state or checkpointed or z_per_row or has_pictures)
+    return only_attention and not (has_state or checkpointed or has_pictures)
 
 
 @torch.no_grad()
@@ -1110,6 +1109,16 @@ def stack_experts(expert: Experts, layers: dict[str, SVFLinear]) -> dict[str, to
         rows = [row_expert.get(name, ones).to(ones) for row_expert in row_experts]
         stacked[name] = torch.stack(rows) if isinstance(expert, list) else rows[0]
     return stacked
+
+
+def use_expert_rows(model, rows: torch.Tensor) -> contextlib.AbstractContextManager:
+    """In this `with` block row i has the z of rows[i], where every row has its own z."""
+    changes = []
+    for layer in svf_layers(model).values():
+        z = layer.current_z()
+        if z.dim() > 1 and len(z) > 1:
+            changes.append((layer, "active_z", z[rows]))
+    return changed(changes)
 
 
 def select_experts(expert: Experts, rows: list[int]) -> Experts:

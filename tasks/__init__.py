@@ -1,24 +1,15 @@
 """The tasks that experts are trained and tested on, and the built-in models, by name."""
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 
 from tasks import code, pictures, questions, tiny
-from tasks.data import offer_categories, say
-from tasks.tiny import TINY_UNSEEN
-from transformer2 import Task, Transformer2Error
-
-__all__ = [
-    "BUILT_IN_MODELS",
-    "CATEGORIES",
-    "DEFAULT_TASKS",
-    "TASKS",
-    "TINY_UNSEEN",
-    "built_in_source",
-    "get_task",
-    "say",
-]
+from tasks.data import offer_categories
+from tasks.data import say as say  # "as say": for others to import from here
+from tasks.tiny import TINY_UNSEEN as TINY_UNSEEN
+from transformer2 import Experts, Model, Processor, Task, Transformer2Error, evaluate
 
 TASKS: dict[str, Callable[[], Task]] = {  # name -> function that makes the task
     # the small world of the model "tiny"
@@ -36,6 +27,8 @@ TASKS: dict[str, Callable[[], Task]] = {  # name -> function that makes the task
     "math": questions.math500,
     "arc-easy": partial(questions.arc, "ARC-Easy"),
     "arc-challenge": partial(questions.arc, "ARC-Challenge"),
+    "arc-easy-scored": partial(questions.arc_scored, "ARC-Easy"),
+    "arc-challenge-scored": partial(questions.arc_scored, "ARC-Challenge"),
     "humaneval": code.humaneval,
     # pictures (the answers of TextVQA's test split are secret)
     "textvqa": partial(pictures.vqa, "textvqa", "lmms-lab/textvqa", "validation"),
@@ -47,6 +40,9 @@ DEFAULT_TASKS = {  # built-in model -> the tasks that train without --task
     "tiny": ["addition", "reversal", "largest", "tiny-classify"],
     "tiny-vlm": ["easy-vqa"],
 }
+
+# Task -> how many held-out problems are scored without --test-problems, where it is not all.
+TEST_PROBLEMS = {"arc-easy-scored": 500, "arc-challenge-scored": 500}
 
 CATEGORIES = {  # classification task -> its categories
     "tiny-classify": tiny.TINY_CATEGORIES,
@@ -64,6 +60,25 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise Transformer2Error(f"unknown task {name!r}: take one of {', '.join(TASKS)}")
     return TASKS[name]()
+
+
+def accuracies(
+    model: Model, processor: Processor, task: Task, problems: list[dict], expert: Experts
+) -> dict[str, float]:
+    """The share of right answers as "acc", for the scored tasks also as "acc_norm"."""
+    if task.name.endswith("-scored"):
+        return questions.option_accuracy(model, processor, task, problems, expert)
+    return {"acc": evaluate(model, processor, task, problems, expert=expert)}
+
+
+def interval(share: float, count: int) -> str:
+    """The 95 % interval of Wilson for a share of `count` problems, in percent."""
+    z2 = 1.96**2  # of the normal distribution's 97.5 % quantile
+    middle = share + z2 / (2 * count)
+    half_width = math.sqrt(z2 * share * (1 - share) / count + (z2 / (2 * count)) ** 2)
+    low = abs(middle - half_width) / (1 + z2 / count)  # abs: 0, not -0
+    high = (middle + half_width) / (1 + z2 / count)
+    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def built_in_source(name: str) -> str:

@@ -9,8 +9,10 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
-from tasks.data import Source, classify_task, dataset_task, load_problems
-from transformer2 import Task
+import torch
+
+from tasks.data import Source, classify_task, dataset_task, exact, load_problems
+from transformer2 import Experts, Model, Processor, Task, score_choices
 
 # ---- Where a text states its answer -------------------------------------------------------------
 
@@ -254,6 +256,49 @@ def list_options(row: dict) -> str:
     return text
 
 
+def arc_scored(config: str) -> Task:
+    """ARC as lm-evaluation-harness asks it: the likeliest of the options' texts is the answer.
+
+    The prompt is plain text, without a chat template and without the options.
+    """
+
+    def prepare(row: dict) -> dict:
+        texts = dict(zip(row["choices"]["label"], row["choices"]["text"]))
+        answer = texts.get(row["answerKey"], "")
+        return {"answer": answer, "solution": f" {answer}"}  # `question` is a column
+
+    def problems(split: str) -> list[dict]:
+        return load_problems(Source("allenai/ai2_arc", config), prepare, split)
+
+    def conversation(problem: dict) -> str:
+        return f"Question: {problem['question']}\nAnswer:"
+
+    def options(problem: dict) -> list[str]:
+        return [f" {text}" for text in problem["choices"]["text"]]
+
+    settings = {"steps": 12, "batch_size": 64, "lr": 5e-3, "validate_every": 4}
+    extras = {"choices": options, "category": "reasoning", "hyper": settings}
+    return Task(f"{config.lower()}-scored", problems, conversation, exact, **extras)
+
+
+def option_accuracy(
+    model: Model, processor: Processor, task: Task, problems: list[dict], expert: Experts
+) -> dict[str, float]:
+    """The shares of right answers to a task of arc_scored, as lm-evaluation-harness defines them.
+
+    acc: the answer is the option of the largest log-probability, summed over its tokens. acc_norm:
+    of the largest log-probability divided by the option's characters, without its blank.
+    """
+    right = {"acc": 0, "acc_norm": 0}
+    scores = score_choices(model, processor, task, problems, expert=expert)
+    for problem, log_probs in zip(problems, scores):
+        options = problem["choices"]["text"]
+        lengths = torch.tensor([len(option) for option in options], device=log_probs.device)
+        right["acc"] += options[log_probs.argmax()] == problem["answer"]
+        right["acc_norm"] += options[(log_probs / lengths).argmax()] == problem["answer"]
+    return {name: count / len(problems) for name, count in right.items()}
+
+
 # ---- Telling them apart -------------------------------------------------------------------------
 
 CATEGORIES = ["reasoning", "math", "code", "other"]  # the paper's
@@ -274,7 +319,7 @@ def real_classify() -> Task:
         return in_turn([*sources, other_prompts(split)])
 
     return classify_task(
-        "classify", problems, CATEGORIES, steps=18, batch_size=40, lr=4e-3, validate_every=5
+        "classify", problems, CATEGORIES, steps=16, batch_size=40, lr=4e-3, validate_every=5
     )
 
 

@@ -220,7 +220,7 @@ def test_adapt_compares_all_strategies_on_an_unseen_task(run_script):
     assert (
         "smallest, a task no expert here was trained on: accuracy on 4 held-out problems" in printed
     )
-    rows = re.findall(r"^  (\S.*?) +\d+\.\d%  +\d+\.\d s$", printed, re.MULTILINE)
+    rows = re.findall(r"^  (\S.*?) +acc +\d+\.\d% \(.* to .*\)  +\d+\.\d s$", printed, re.MULTILINE)
     assert rows == [
         "base model",
         "expert code-expert",

@@ -425,6 +425,38 @@ def test_vqa_problems_reward_what_people_say(hub, capsys):
     assert "1 of 3 problems left out" in capsys.readouterr().err
 
 
+# ---- Options that are scored by their likelihood ------------------------------------------------
+
+
+def test_scored_questions_are_plain_text_and_options_begin_with_a_blank(hub):
+    options = {"label": ["1", "2"], "text": ["iron", "oak"]}
+    hub(test=[{"question": "Which is a metal?", "choices": options, "answerKey": "1"}])
+    task = tasks.get_task("arc-easy-scored")
+    [problem] = task.problems("train")
+    assert task.conversation(problem) == "Question: Which is a metal?\nAnswer:"
+    assert task.choices(problem) == [" iron", " oak"]
+    assert [task.reward(option, problem) for option in task.choices(problem)] == [1.0, -1.0]
+
+
+def test_acc_compares_log_probs_and_acc_norm_those_per_character(monkeypatch):
+    problems = [
+        {"answer": "a long option", "choices": {"text": ["short", "a long option"]}},
+        {"answer": "oak", "choices": {"text": ["iron", "oak"]}},
+    ]
+    scores = [torch.tensor([-4.0, -5.0]), torch.tensor([-9.0, -2.0])]
+    monkeypatch.setattr("tasks.questions.score_choices", lambda *_, **__: scores)
+    task = tasks.get_task("arc-easy-scored")
+    assert tasks.accuracies(None, None, task, problems, None) == {"acc": 0.5, "acc_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "expected"),
+    [(0.5, 100, "40.4 to 59.6"), (0.0, 10, "0.0 to 27.8"), (1.0, 10, "72.2 to 100.0")],
+)
+def test_intervals_are_those_of_wilson(share, count, expected):
+    assert tasks.interval(share, count) == expected
+
+
 # ---- Classification -----------------------------------------------------------------------------
 
 
@@ -588,6 +620,15 @@ def test_math_solutions_are_right(real_datasets):
 
 def test_arc_solutions_are_right(real_datasets):
     assert rewards_of("arc-challenge", solution) == [1.0] * 1172
+
+
+def test_the_options_of_arc_scored_are_its_texts_and_one_is_right(real_datasets):
+    task = tasks.get_task("arc-challenge-scored")
+    for problem in task.problems("test"):
+        options = task.choices(problem)
+        assert options == [" " + text for text in problem["choices"]["text"]]
+        assert sum(task.reward(option, problem) == 1.0 for option in options) >= 1
+        assert task.conversation(problem) == f"Question: {problem['question']}\nAnswer:"
 
 
 def test_arc_questions_are_no_answers(real_datasets):
