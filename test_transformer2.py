@@ -1022,6 +1022,12 @@ def test_a_problem_without_choices_is_refused(choices):
         t2.reinforce(make_svf(), TOKENIZER, task, steps=1)
 
 
+def test_a_choice_without_tokens_is_refused():
+    task = toy(is_blue, choices=["red", ""])
+    with pytest.raises(t2.Transformer2Error, match="the choice '' of task toy gives no tokens"):
+        t2.score_choices(make(), TOKENIZER, task, task.problems("test"))
+
+
 # ---- Section 3.1: training -----------------------------------------------------------------------
 
 TRAINING = {"steps": 24, "batch_size": 64, "lr": 3e-2, "validate_every": 8}

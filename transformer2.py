@@ -24,6 +24,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -667,7 +668,7 @@ def likeliest_choices(model, processor, task, problems, expert: Experts) -> list
 def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
     """The possible answers to a problem, not yet rewarded. After a prefill they begin with a space.
 
-    Raises Transformer2Error if there are none.
+    Raises Transformer2Error if there are none, or one without tokens.
     """
     texts = task.choices(problem) if callable(task.choices) else task.choices
     if not texts:
@@ -680,6 +681,8 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
     for text in texts:
         space = " " if task.prefill and not text[:1].isspace() else ""
         choices.append(Answer(continuation(tokenizer, before, space + text), text))
+        if not choices[-1].tokens:
+            raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
     # If one choice is the start of another ("math", "mathematics"), all get an end token, or the
     # shorter would always be the likelier. Benchmarks of plain text do without.
     needs_end = any(a != b and b.startswith(a) for a in texts for b in texts)
@@ -1307,7 +1310,8 @@ def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
     """
     if model is None:
         raise ValueError("it is a file of the authors: give the model, too")
-    parameters = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # what torch says of files of other kinds
+        parameters = torch.load(path, map_location="cpu", weights_only=True)
     check_values(parameters)
     layers = svf_layers(model)
     mlp_names = [name for name in layers if "mlp" in name]

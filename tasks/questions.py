@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tasks.data import Source, classify_task, dataset_task, exact, load_problems
-from transformer2 import Experts, Model, Processor, Task, score_choices
+from transformer2 import Experts, Model, Processor, Task, Transformer2Error, score_choices
 
 # ---- Where a text states its answer -------------------------------------------------------------
 
@@ -257,10 +257,7 @@ def list_options(row: dict) -> str:
 
 
 def arc_scored(config: str) -> Task:
-    """ARC as lm-evaluation-harness asks it: the likeliest of the options' texts is the answer.
-
-    The prompt is plain text, without a chat template and without the options.
-    """
+    """ARC as lm-evaluation-harness asks it, in plain text: the likeliest option is the answer."""
 
     def prepare(row: dict) -> dict:
         texts = dict(zip(row["choices"]["label"], row["choices"]["text"]))
@@ -274,7 +271,10 @@ def arc_scored(config: str) -> Task:
         return f"Question: {problem['question']}\nAnswer:"
 
     def options(problem: dict) -> list[str]:
-        return [f" {text}" for text in problem["choices"]["text"]]
+        texts = problem["choices"]["text"]
+        if len(texts) < 2:
+            raise Transformer2Error(f"{config}: {problem['question']!r} has only one option")
+        return [f" {text}" for text in texts]
 
     settings = {"steps": 12, "batch_size": 64, "lr": 5e-3, "validate_every": 4}
     extras = {"choices": options, "category": "reasoning", "hyper": settings}

@@ -438,6 +438,17 @@ def test_scored_questions_are_plain_text_and_options_begin_with_a_blank(hub):
     assert [task.reward(option, problem) for option in task.choices(problem)] == [1.0, -1.0]
 
 
+def test_a_question_with_one_option_is_named(hub):
+    hub(
+        test=[
+            {"question": "Which?", "choices": {"label": ["A"], "text": ["oak"]}, "answerKey": "A"}
+        ]
+    )
+    task = tasks.get_task("arc-easy-scored")
+    with pytest.raises(Transformer2Error, match="ARC-Easy: 'Which.' has only one option"):
+        task.choices(task.problems("train")[0])
+
+
 def test_acc_compares_log_probs_and_acc_norm_those_per_character(monkeypatch):
     problems = [
         {"answer": "a long option", "choices": {"text": ["short", "a long option"]}},
