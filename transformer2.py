@@ -9,7 +9,7 @@ first pass finds out which expert a prompt needs, and a second pass answers with
 
 The file follows the paper, section 3.1 and section 3.2. The plumbing comes last.
 Shapes in comments: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C choices
-of one problem, N choices of all problems in a batch, m x n a weight, r singular values, K experts.
+of one problem, N answers to all problems in a batch, m x n a weight, r singular values, K experts.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ Experts = Expert | None | list[Expert | None]
 
 
 class Transformer2Error(ValueError):
-    """Something the caller can put right. The message is one sentence that says what and how."""
+    """An error the caller can fix. The message is one sentence: what is wrong and what to do."""
 
 
 # ---- Section 3.1: singular value fine-tuning, W' = U diag(s * z) Vᵀ ------------------------------
@@ -61,10 +61,11 @@ class Transformer2Error(ValueError):
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits W (m, n) into U (m, r), s (r,) and Vh (r, n) with W = U diag(s) Vh; r = min(m, n).
 
-    V holds the eigenvectors of WᵀW, and column i of W V is s_i u_i. So U diag(s) Vᵀ = W V Vᵀ = W,
-    and it is faster than an SVD. s descends, in float32; U and Vh have the weight's dtype.
+    V, square if W is tall, holds the eigenvectors of WᵀW; column i of W V is s_i u_i. So
+    U diag(s) Vᵀ = W V Vᵀ = W. eigh is faster than an SVD. s descends, in float32; U and Vh have
+    the weight's dtype.
     """
-    if weight.shape[0] < weight.shape[1]:  # wide: decompose Wᵀ, in which U and V change places
+    if weight.shape[0] < weight.shape[1]:  # wide: Wᵀ = V diag(s) Uᵀ is tall
         V, s, Uh = decompose(weight.T)
         return Uh.T.contiguous(), s, V.T.contiguous()
     # WᵀW has the eigenvalues s². In float32 a small s would drown in rounding.
@@ -95,7 +96,7 @@ class SVFLinear(nn.Module):
         self.z = nn.Parameter(torch.ones_like(s))  # z = 1 is the base model, up to rounding
         self.active_z: torch.Tensor | None = None  # set by use_expert: (r,), or (B, r), one per row
         self.bias = linear.bias
-        # merge_svf needs the layer: without its weight, and in a list, which hides it from torch.
+        # Kept for merge_svf, without its weight. The list keeps torch from registering it.
         linear.weight = None
         self.dense_layer = [linear]
 
@@ -120,7 +121,7 @@ class SVFLinear(nn.Module):
 
 
 def apply_svf(model: Model, targets: str = "mlp", cache_dir: str | Path | None = None) -> Model:
-    """Freezes the model and puts an SVFLinear in the place of every matching layer, in place.
+    """Freezes the model and replaces every matching layer by an SVFLinear, in place.
 
     targets: "mlp" (as in the released code), "attention", "all", or a regular expression over layer
     names; never embeddings or the output head. cache_dir: a folder that keeps decompositions for
@@ -139,7 +140,7 @@ def svf_layers(model: Model) -> dict[str, SVFLinear]:
 
 
 def merge_svf(model: Model) -> Model:
-    """Folds the z's in use into layers of the original class. In place; returns the model."""
+    """Folds the z's in use back into the original layers. In place; returns the model."""
     for name, layer in svf_layers(model).items():
         dense_layer = layer.dense_layer[0]
         weight = layer.weight.T if isinstance(dense_layer, Conv1D) else layer.weight
@@ -172,8 +173,8 @@ def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManag
 #
 # Eq. 1 is     J(z) = E[ log π_W'(ŷ|x) r(ŷ, y) ] - λ KL( π_W' ‖ π_W ),   ŷ drawn from π_W'( · | x).
 #
-# REINFORCE takes the drawn ŷ and their rewards as given. The gradient of the KL is an expectation
-# over the same answers (its other term, E[∇ log π_W'], is 0), so that
+# REINFORCE takes the drawn ŷ and their rewards as given. The KL's gradient is an expectation over
+# the same answers: E[ ∇ log π_W' · log(π_W' / π_W) ] + E[ ∇ log π_W' ], and the last term is 0. So
 #     ∇J = E[ ∇ log π_W'(ŷ|x) · ( r(ŷ, y) - λ log( π_W'(ŷ|x) / π_W(ŷ|x) ) ) ].
 # This is also the gradient of E[r] - λ KL. One sampled answer to each problem estimates it: see
 # reinforce_loss below.
@@ -181,7 +182,7 @@ def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManag
 
 @dataclass
 class Task:
-    """A task. A problem is a dict with question, answer and, if there is one, a worked solution."""
+    """What is trained and tested. A problem is a dict: question, answer, perhaps a solution."""
 
     name: str
     problems: Callable[[str], list[dict]]  # split ("train", "validation", "test") -> problems
@@ -191,20 +192,20 @@ class Task:
     prefill: str = ""  # the start of every answer, such as "Let's think step by step"
     # The only possible answers: a list, or a function of the problem. Nothing is generated then.
     choices: list[str] | Callable[[dict], list[str]] | None = None
-    category: str | None = None  # for the caller: what pass 1 calls prompts of this kind
-    hyper: dict = field(default_factory=dict)  # for the caller: Hyperparameters that suit the task
+    category: str | None = None  # not used here: what pass 1 calls prompts of this kind
+    hyper: dict = field(default_factory=dict)  # not used here: Hyperparameters that suit the task
 
 
 @dataclass
 class Hyperparameters:
-    """The settings of reinforce. Defaults are the paper's (appendix A.1) where it has one."""
+    """The settings of reinforce. Defaults are the paper's (appendix A.1), but for the baseline."""
 
     steps: int = 100  # updates of z
-    batch_size: int = 256  # problems in an update, with one answer each
+    batch_size: int = 256  # problems in an update, with one sampled answer each, or all choices
     lr: float = 2e-3  # AdamW's learning rate, which falls to 0 along a cosine
     kl_coef: float = 0.0  # λ; the paper picks 0, 0.1, 0.2 or 0.3 on validation problems
-    max_grad_norm: float = 1e-3  # of all z's together; keeps one step from ruling AdamW's means
-    baseline: bool = True  # subtract the mean of the other rewards; not where there are choices
+    max_grad_norm: float = 1e-3  # of all z's together; no step dominates AdamW's running means
+    baseline: bool = True  # subtract the mean of the other rewards; has no use with choices
     validate_every: int = 10  # steps; the best z is the result, at a tie the later one
     validation_problems: int = 128
     token_budget: int = 2048  # tokens in a micro-batch, with padding; a longer row goes alone
@@ -219,6 +220,7 @@ class Answer:
     tokens: list[int]
     text: str
     reward: float = 0.0
+    advantage: float = 0.0  # the reward minus a baseline
 
 
 @dataclass
@@ -254,12 +256,12 @@ def reinforce(
 ) -> Expert:
     """Trains an expert with REINFORCE (section 3.1), starting from the model's own z's.
 
-    Trains whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns the values of
-    the best validation accuracy, and puts the starting values back. hyperparameters: fields of
+    Trains whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns what had the
+    best validation accuracy, and puts the starting values back. hyperparameters: fields of
     Hyperparameters. checkpoint: a file for the progress after each step; if it exists, the run goes
-    on from there. on_step: gets the statistics and the sampled answers of each step (no answers for
-    a task with choices). Raises Transformer2Error if nothing requires gradients, there are no
-    problems, or the checkpoint is damaged or belongs to a run with other settings.
+    on from there. on_step: gets the statistics and the sampled answers of each step (none in step 0
+    and for a task with choices). Raises Transformer2Error if nothing requires gradients, there are
+    no problems, or the checkpoint is damaged or belongs to a run with other settings.
     """
     hp = Hyperparameters(**hyperparameters)
     check_seed(hp.seed)
@@ -277,7 +279,7 @@ def reinforce(
             if step > 0:  # step 0 only validates the start
                 stats, answers = update(model, processor, task, train_problems, progress, hp, step)
             if step % hp.validate_every == 0 or step == hp.steps:
-                z = get_expert(model)  # None would be the base model
+                z = get_expert(model)  # as trained so far; expert=None would be the base model
                 stats.validation = evaluate(model, processor, task, held_out_problems, expert=z)
                 if stats.validation >= progress.best_score:  # at a tie the later one
                     progress.best, progress.best_score = progress.values(), stats.validation
@@ -300,10 +302,10 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
     seed = hp.seed * 100_003 + step
     order = torch.randperm(len(train_problems), generator=torch.Generator().manual_seed(seed))
     problems = [train_problems[i] for i in order[: hp.batch_size]]
-    # 2) Answer each of them, with one sample or with all the choices of the task.
+    # 2) Answer each of them: answers[i] are one sample for problem i, or all its choices.
     sampled = []
     if task.choices is None:
-        z = get_expert(model)  # None would be the base model
+        z = get_expert(model)  # as trained so far
         sampled = rollout(model, processor, task, problems, z, temperature=1.0, seed=seed)
         answers = [[answer] for answer in sampled]
     else:
@@ -346,44 +348,53 @@ def rollout(model, processor, task, problems, expert, temperature, seed) -> list
 
 
 def add_gradient(model, processor, task, problems, answers: list[list[Answer]], hp) -> StepStats:
-    """Adds the gradient of -J (eq. 1), from the answers to each problem.
+    """Adds the gradient of -J (eq. 1) to z.grad, from the answers to each problem.
 
     One sampled answer estimates the expectation in ∇J. Where a task has choices, all of them are
     given and weighted with their probability, so that the expectation is exact.
     """
-    rewards = [torch.tensor([answer.reward for answer in own]) for own in answers]
-    advantages = rewards
-    if task.choices is None and hp.baseline:
-        advantages = leave_one_out_advantages(torch.cat(rewards)).split(1)
+    use_baseline = hp.baseline and task.choices is None
+    set_advantages([answer for group in answers for answer in group], use_baseline)
+    num_problems = len(problems)
     # With several processes, each adds the part of its own problems.
-    answers, rewards, advantages = my_share(answers), my_share(rewards), my_share(advantages)
-    prompts = [task.conversation(problem) for problem in my_share(problems)]
-    tokens = [[answer.tokens for answer in own] for own in answers]
+    problems, answers = my_share(problems), my_share(answers)
+    prompts = [task.conversation(problem) for problem in problems]
+    tokens = [[answer.tokens for answer in group] for group in answers]
     stats = StepStats()
     for rows, inputs in batches(model, processor, prompts, task.prefill, tokens, hp.token_budget):
-        completions = [tokens[row] for row in rows]  # N in all
+        completions = [tokens[row] for row in rows]
         with checkpointing(model, hp.checkpointing):
             log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W'(ŷ|x), (N,)
-            ref_log_probs = log_probs.detach()  # at λ = 0 the log ratio is not needed
+            ref_log_probs = log_probs.detach()  # the log ratio is 0; at λ = 0 it is not needed
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
                     ref_log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W
-            # The weight of each answer in the mean over the problems of all batches and processes.
-            weights = torch.ones_like(log_probs) / len(problems)
+            # An answer's weight in the mean over all problems.
+            weights = torch.ones_like(log_probs) / num_problems
             if task.choices is not None:
                 weights = weights * log_probs.detach().exp()
-            advantage = torch.cat([advantages[row] for row in rows]).to(model.device)  # (N,)
-            reinforce_loss(log_probs, ref_log_probs, advantage, hp.kl_coef, weights).backward()
-        reward = torch.cat([rewards[row] for row in rows]).to(model.device)
-        stats.reward += (weights * reward).sum().item()
+            batch = [answer for row in rows for answer in answers[row]]  # N answers
+            advantages = log_probs.new_tensor([answer.advantage for answer in batch])
+            reinforce_loss(log_probs, ref_log_probs, advantages, hp.kl_coef, weights).backward()
+        rewards = log_probs.new_tensor([answer.reward for answer in batch])
+        stats.reward += (weights * rewards).sum().item()
         stats.kl += (weights * (log_probs.detach() - ref_log_probs)).sum().item()
     return stats
+
+
+def set_advantages(answers: list[Answer], use_baseline: bool) -> None:
+    """Sets each answer's advantage: its reward, or with a baseline leave_one_out_advantages."""
+    advantages = torch.tensor([answer.reward for answer in answers])
+    if use_baseline:
+        advantages = leave_one_out_advantages(advantages)
+    for answer, advantage in zip(answers, advantages.tolist()):
+        answer.advantage = advantage
 
 
 def answer_log_probs(model, task, inputs: dict, completions: list[list[list[int]]]) -> torch.Tensor:
     """log π of the answers to each prompt, in one tensor (N,): one sample each, or all choices."""
     if task.choices is None:
-        return completion_log_probs(model, inputs, [own[0] for own in completions])
+        return completion_log_probs(model, inputs, [group[0] for group in completions])
     # The policy answers with one of the choices: their probabilities add up to 1.
     scores = choice_log_probs(model, inputs, completions)
     return torch.cat([log_probs.log_softmax(0) for log_probs in scores])
@@ -398,7 +409,8 @@ def completion_log_probs(model: Model, inputs: dict, completions: list[list[int]
     T = tokens.shape[1]
     sequences = append_tokens(inputs, tokens, mask)
     logits = run_model(model, sequences, logits_to_keep=T + 1).logits
-    logits = logits[:, -T - 1 : -1]  # (B, T, V); position t predicts token t
+    # (B, T, V): position t predicts token t. Some models ignore logits_to_keep.
+    logits = logits[:, -T - 1 : -1]
     return (token_log_probs(logits, tokens) * mask).sum(1)
 
 
@@ -416,7 +428,7 @@ def leave_one_out_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def reinforce_loss(log_probs, ref_log_probs, advantages, kl_coef: float, weights) -> torch.Tensor:
-    """A scalar whose gradient is the weighted sum of -∇J's terms (eq. 1); the tensors are (N,)."""
+    """A scalar with gradient -∇J (eq. 1), each answer with its weight. The tensors are (N,)."""
     penalty = kl_coef * (log_probs - ref_log_probs).detach()
     return -(weights * log_probs * (advantages - penalty)).sum()
 
@@ -434,7 +446,7 @@ def evaluate(
     return sum(max(0.0, answer.reward) for answer in answers) / len(answers)
 
 
-# ---- Section 3.2: self-adaptation. Pass 1 decides on z', pass 2 answers with it ------------------
+# ---- Section 3.2: self-adaptation. Pass 1 chooses z', pass 2 answers with it --------------------
 
 
 def classify(
@@ -452,8 +464,8 @@ def classify(
     """
     names = {category.strip() for category in categories}
     if not categories or "" in names or len(names) < len(categories):
-        raise Transformer2Error(f"categories {categories} should be different names, one or more")
-    # The problems of this task are the conversations themselves.
+        raise Transformer2Error(f"categories {categories} must be different names, one or more")
+    # A task whose problems are the conversations. Its choices are only scored: no reward is needed.
     ask = partial(category_question, categories=categories)
     task = Task("classify", None, ask, None, prefill=CATEGORY_PREFILL, choices=categories)
     chosen = likeliest_choices(model, processor, task, conversations, expert)
@@ -472,7 +484,7 @@ def two_pass(
     """(category, answer) of each conversation: pass 1 classifies it, pass 2 answers.
 
     experts: category -> Expert, or None for the base model; "other", the base model, is added if it
-    is missing. classifier: z^c of strategy B. options: of generate.
+    is missing. classifier: z^c of strategy B. options: passed on to generate.
     """
     categories = list({**experts, "other": None})
     chosen = classify(model, processor, conversations, categories, expert=classifier)
@@ -491,12 +503,11 @@ def mix(experts: list[Expert], alphas: torch.Tensor | np.ndarray) -> Expert:
     mixture = {}
     for expert, expert_alphas in zip(experts, alphas):
         for name, z in expert.items():
-            block_number = re.search(r"\.(\d+)\.", name)  # 3 in model.layers.3.mlp.up_proj
-            alpha = expert_alphas[0]
-            if block_number and len(expert_alphas) > 1:
-                alpha = expert_alphas[int(block_number.group(1))]
+            number = re.search(r"\.(\d+)\.", name)  # 3 in model.layers.3.mlp.up_proj
+            block = int(number.group(1)) if number and len(expert_alphas) > 1 else 0
             z = z.cpu()
-            mixture[name] = mixture.get(name, torch.ones_like(z)) + alpha * (z - 1)
+            so_far = mixture.get(name, torch.ones_like(z))  # the sum starts at 1
+            mixture[name] = so_far + expert_alphas[block] * (z - 1)
     return mixture
 
 
@@ -515,7 +526,7 @@ def few_shot(
     """Strategy C: the mixture of experts that answers a few problems best, and its α.
 
     Accuracy decides, and at a tie the mean log-likelihood of the right answers. α is (K, 1), or
-    (K, blocks) if per_layer: a weight for each transformer block. It is not clipped. Raises
+    (K, blocks) if per_layer: a weight for each transformer block. No α is clipped. Raises
     Transformer2Error without problems or experts.
     """
     check_seed(seed)
@@ -524,7 +535,7 @@ def few_shot(
     expert_list = list(experts.values())
     K = len(expert_list)
     blocks = model.config.get_text_config().num_hidden_layers if per_layer else 1
-    # The search starts with the base model (all α are 0) and every single expert.
+    # The search starts with the base model (all α are 0) and each expert alone.
     first = np.vstack([np.zeros((1, K)), np.eye(K)])  # (K + 1, K)
     first = np.repeat(first[:, :, None], blocks, axis=2)  # (K + 1, K, blocks), alike in every block
     score = partial(score_mixtures, model, processor, task, problems, expert_list)
@@ -537,15 +548,14 @@ def score_mixtures(model, processor, task, problems, experts: list[Expert], cand
 
     The candidates answer together: a batch has rows of several of them, each under its own z.
     """
-    all_problems, all_experts = [], []
-    for alphas in candidates:
-        all_problems += problems
-        all_experts += [mix(experts, alphas)] * len(problems)
+    all_problems = problems * len(candidates)
+    mixtures = [mix(experts, alphas) for alphas in candidates]
+    all_experts = [mixture for mixture in mixtures for _ in problems]
     answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
     accuracy = np.array([max(0.0, answer.reward) for answer in answers])
-    # Score the worked solution by making it the only choice of its problem.
-    solution = replace(task, choices=lambda problem: [problem.get("solution", problem["answer"])])
-    log_probs = score_choices(model, processor, solution, all_problems, expert=all_experts)
+    # A task with the worked solution, or else the answer, as its only choice gives its likelihood.
+    solution_task = replace(task, choices=lambda p: [p.get("solution", p["answer"])])
+    log_probs = score_choices(model, processor, solution_task, all_problems, expert=all_experts)
     log_likelihood = np.array([log_prob.item() for log_prob in log_probs])
     shape = (len(candidates), len(problems))
     return list(zip(accuracy.reshape(shape).mean(1), log_likelihood.reshape(shape).mean(1)))
@@ -563,24 +573,22 @@ def cross_entropy_method(
     mean = np.full(shape, 1 / shape[0])  # 1/K
     deviation = np.full(shape, 0.5)
     num_elite = max(2, round(0.2 * population))
-    best, best_score = None, None
+    best = []  # its score and the candidate
     for iteration in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
         # 1) sample candidates around the mean
         candidates = list(first) if iteration == 0 else []
         while len(candidates) < population:
             candidates.append(mean + deviation * rng.standard_normal(shape))
-        # 2) score them (accuracy first); the best so far stays among them, with its score
-        scores = score(candidates)
-        if iteration > 0:
-            candidates, scores = [*candidates, best], [*scores, best_score]
-        ranking = sorted(range(len(candidates)), key=lambda i: scores[i], reverse=True)
-        best, best_score = candidates[ranking[0]], scores[ranking[0]]
+        # 2) score them, the best first (accuracy decides); the best so far stays among them
+        scored = [*zip(score(candidates), candidates), *best]
+        scored.sort(key=lambda pair: pair[0], reverse=True)
+        best = scored[:1]
         # 3) fit mean and deviation to the elite; an extra deviation, smaller in each iteration,
         #    keeps the search from narrowing down too early
-        elite = np.stack([candidates[i] for i in ranking[:num_elite]])
+        elite = np.stack([candidate for _, candidate in scored[:num_elite]])
         mean = elite.mean(0)
         deviation = elite.std(0) + 0.2 * (1 - iteration / iterations)
-    return best
+    return best[0][1]
 
 
 # ==== Plumbing: what makes the method work with any model, and fast ===============================
@@ -602,12 +610,12 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
     tokens, mask = pad_right([choice for own in choices for choice in own], model.device)  # (N, T)
     # 1) Every prompt runs once. Its last position predicts the first token of all its choices.
     output = run_model(model, inputs, logits_to_keep=1, use_cache=True)
-    log_probs = token_log_probs(output.logits[prompt_of, -1], tokens[:, 0]) * mask[:, 0]  # (N,)
+    log_probs = token_log_probs(output.logits[prompt_of, -1], tokens[:, 0])  # (N,), no padding
     # 2) The other tokens of each choice run on a copy of its prompt's cache. Running a token gives
     #    the logits of the next: tokens[:, :-1] run, tokens[:, 1:] are scored.
     if tokens.shape[1] > 1:
-        cache_name = "cache" if "cache" in output else "past_key_values"  # new, old
-        output[cache_name].batch_select_indices(prompt_of)  # in place: row i is that of choice i
+        cache_name = "cache" if "cache" in output else "past_key_values"  # new, old versions
+        output[cache_name].batch_select_indices(prompt_of)  # in place: row i is now of choice i
         # The mask covers the cached prompt, too.
         choice_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
         choice_inputs = {"input_ids": tokens[:, :-1], "attention_mask": choice_mask}
@@ -619,7 +627,7 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
 
 
 def whole_choice_log_probs(model, inputs: dict, choices: list) -> list[torch.Tensor]:
-    """As choice_log_probs, but prompt and choice run as one sequence, one pass for each choice."""
+    """As choice_log_probs, in whole sequences: pass c runs prompt and choice c of every prompt."""
     columns = []
     for c in range(max(len(own_choices) for own_choices in choices)):
         # A prompt with fewer choices repeats its last one, which is dropped below.
@@ -637,19 +645,18 @@ def can_repeat_cache(model, inputs: dict) -> bool:
     has_state = getattr(without_peft(model), "_is_stateful", False)
     # Layers under checkpointing run without a cache.
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    has_pictures = not TEXT_INPUTS.issuperset(inputs)  # they change how positions are counted
-    return only_attention and not (has_state or checkpointed or has_pictures)
+    # Pictures change how positions are counted.
+    return only_attention and not (has_state or checkpointed or has_pictures(inputs))
 
 
 @torch.no_grad()
 def score_choices(
     model: Model, processor: Processor, task: Task, problems: list[dict], *, expert: Experts = None
 ) -> list[torch.Tensor]:
-    """log π of the choices of each problem: a tensor (C,) for each. expert: as for use_expert."""
-    prompts, tokens = [], []
-    for problem in problems:
-        prompts.append(task.conversation(problem))
-        tokens.append([choice.tokens for choice in choices_of(processor, task, problem)])
+    """log π(choice|x) of each problem's choices, a tensor (C,) for each. expert: see use_expert."""
+    prompts = [task.conversation(problem) for problem in problems]
+    choices = [choices_of(processor, task, problem) for problem in problems]
+    tokens = [[choice.tokens for choice in group] for group in choices]
     scores = {}
     budget = TOKEN_BUDGET // 4  # repeated caches are slow in larger batches
     for rows, inputs in batches(model, processor, prompts, task.prefill, tokens, budget):
@@ -662,13 +669,17 @@ def score_choices(
 def likeliest_choices(model, processor, task, problems, expert: Experts) -> list[Answer]:
     """The likeliest choice of each problem."""
     scores = score_choices(model, processor, task, problems, expert=expert)
-    return [choices_of(processor, task, p)[row.argmax()] for p, row in zip(problems, scores)]
+    answers = []
+    for problem, log_probs in zip(problems, scores):
+        answers.append(choices_of(processor, task, problem)[log_probs.argmax()])
+    return answers
 
 
 def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
-    """The possible answers to a problem, not yet rewarded. After a prefill they begin with a space.
+    """The possible answers to a problem, not yet rewarded.
 
-    Raises Transformer2Error if there are none, or one without tokens.
+    After a prefill their tokens begin with a space. Raises Transformer2Error if there are none, or
+    one without tokens.
     """
     texts = task.choices(problem) if callable(task.choices) else task.choices
     if not texts:
@@ -676,15 +687,16 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
         raise Transformer2Error(f"task {task.name} has no choices for the problem {question!r}")
     tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
     # The text just before a choice; after a chat template that is only the prefill.
-    before = prompt + task.prefill if isinstance(prompt, str) else task.prefill
+    before = (prompt if isinstance(prompt, str) else "") + task.prefill
     choices = []
     for text in texts:
         space = " " if task.prefill and not text[:1].isspace() else ""
-        choices.append(Answer(continuation(tokenizer, before, space + text), text))
-        if not choices[-1].tokens:
+        tokens = continuation(tokenizer, before, space + text)
+        if not tokens:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
+        choices.append(Answer(tokens, text))
     # If one choice is the start of another ("math", "mathematics"), all get an end token, or the
-    # shorter would always be the likelier. Benchmarks of plain text do without.
+    # shorter would be the likelier. Benchmarks, whose prompts are plain text, score without it.
     needs_end = any(a != b and b.startswith(a) for a in texts for b in texts)
     if needs_end and not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
         for choice in choices:
@@ -697,7 +709,8 @@ def continuation(tokenizer, before: str, text: str) -> list[int]:
     """Token ids of a text that follows another: those of "is math" without those of "is".
 
     Tokenizers often have different tokens for "math" and " math". So the last word of `before` is
-    tokenized with the text. If its tokens are not the same then, the text is tokenized alone.
+    tokenized with the text. If that changes the word's tokens, the text is tokenized alone. The
+    result is cached: do not change it.
     """
     last_word = before.split(" ")[-1]
     start = tokenizer(last_word, add_special_tokens=False)["input_ids"]
@@ -725,8 +738,8 @@ def generate(
 
     expert: None for the base model, an Expert, or a list with one entry for each conversation.
     temperature: 0 is greedy. prefill: the start of every answer. seed: for sampled answers; None
-    draws one from torch's generator. Raises Transformer2Error for a prompt that is longer than the
-    model's context or cannot be encoded.
+    draws one from torch's generator. Raises Transformer2Error for a prompt that leaves no room in
+    the model's context or cannot be encoded.
     """
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     check_seed(seed)
@@ -739,34 +752,22 @@ def generate(
 def generate_tokens(
     model, processor, conversations, expert, numbers, max_new_tokens, temperature, prefill, seed
 ) -> list[list[int]]:
-    """Token ids of the answers, end token included. Parameters as for generate.
+    """Token ids of the answers, end token included. Other parameters as for generate.
 
-    Answer i is drawn from the random stream (seed, numbers[i]), whatever its batch.
+    numbers: answer i is drawn from the random stream (seed, numbers[i]), whatever its batch.
     """
-    tokenizer, causal_lm = prepared_tokenizer(processor), without_peft(model)
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    ends = [] if ends is None else np.ravel(ends).tolist()
-    # A model must not write the token for a picture: it would expect one.
-    image_token = getattr(processor, "image_token_id", None)
-    # These replace the model's own settings, or generate() would fill in what they leave open
-    # (top_k, repetition_penalty, ...). Greedy: a RowSampler makes it sampling.
-    settings = GenerationConfig(
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=None if image_token is None else [image_token],
-    )
-    new_tokens = [[range(max_new_tokens)]] * len(conversations)  # batches needs only the length
-    batched = batches(model, processor, conversations, prefill, new_tokens, TOKEN_BUDGET, False)
+    settings = generation_settings(model, processor)
+    ends = settings.eos_token_id or []
+    causal_lm = without_peft(model)
     completions = {}
-    for rows, inputs in batched:
+    new_tokens = [[range(max_new_tokens)]] * len(conversations)  # stand-ins of the right length
+    options = (prefill, new_tokens, TOKEN_BUDGET)
+    for rows, inputs in batches(model, processor, conversations, *options, keeps_logits=False):
         samplers = []
         if temperature > 0:
             row_seeds = [seed * 1_000_003 + numbers[row] for row in rows]
             samplers.append(RowSampler(model.device, row_seeds, temperature))
-        # A prompt near the end of the context is alone in its batch, so this cuts no other answer.
+        # batches leaves a prompt near the end of the context alone: this cuts no other answer.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
@@ -779,17 +780,33 @@ def generate_tokens(
     return [completions[row] for row in range(len(conversations))]
 
 
+def generation_settings(model, processor) -> GenerationConfig:
+    """Replaces the model's own settings, which would fill in what is left open (top_k, ...)."""
+    tokenizer = prepared_tokenizer(processor)
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    # A model must not write the token for a picture: it would expect one.
+    image_token = getattr(processor, "image_token_id", None)
+    return GenerationConfig(
+        do_sample=False,  # at any temperature: the noise of a RowSampler makes the argmax a sample
+        eos_token_id=None if ends is None else np.ravel(ends).tolist(),
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=None if image_token is None else [image_token],
+    )
+
+
 class RowSampler(LogitsProcessor):
     """Samples each row of a batch from a random stream of its own.
 
-    The Gumbel trick: if E is exponential noise, the argmax over the vocabulary of
-    logits / temperature - log E is a draw from softmax(logits / temperature). So the model decodes
-    greedily from the scores returned here, and no draw depends on the rest of the batch.
+    The Gumbel trick: for exponential noise E, -log E is Gumbel noise, and the argmax over the
+    vocabulary of logits / temperature - log E is a draw from softmax(logits / temperature). So the
+    model decodes greedily from these scores, and no draw depends on the rest of the batch.
     """
 
     def __init__(self, device: torch.device, row_seeds: list[int], temperature: float):
         self.temperature = temperature
-        # % 2**63: what torch takes
+        # torch takes seeds below 2**63.
         self.generators = [torch.Generator(device).manual_seed(s % 2**63) for s in row_seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -854,7 +871,7 @@ def encode(
 ) -> dict[str, torch.Tensor]:
     """Prompts as left-padded tensors on the model's device: input_ids, attention_mask (B, P).
 
-    Pictures add tensors of their own. Raises Transformer2Error for a prompt that is longer than
+    Pictures add tensors of their own. Raises Transformer2Error for a prompt that leaves no room in
     the context or cannot be encoded.
     """
     try:
@@ -868,29 +885,29 @@ def encode(
         raise Transformer2Error(reason.splitlines()[0]) from error
     length, context = inputs["input_ids"].shape[1], context_length(model)
     if length >= context:
-        reason = f"a prompt has {length} tokens, but the model's context ends at {context}"
+        reason = f"a prompt of {length} tokens leaves no room in the model's context of {context}"
         raise Transformer2Error(f"{reason}: shorten it")
     if not sees_pictures(processor):
-        inputs.pop("token_type_ids", None)  # language models do not take it
+        inputs.pop("token_type_ids", None)  # text-only models do not take it
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
 def apply_chat_template(processor, conversations, prefill: str) -> dict:
-    """Conversations through the chat template. A prefill is the start of the assistant's turn."""
+    """Encodes conversations with the chat template. A prefill starts the assistant's turn."""
     tokenizer = prepared_tokenizer(processor)
     if not processor.chat_template and not tokenizer.chat_template:
         print("note: no chat template, so prompts read 'User: ...'", file=sys.stderr)
         processor.chat_template = tokenizer.chat_template = FALLBACK_TEMPLATE
     start = [{"role": "assistant", "content": prefill}] if prefill else []
     prompts = [[dict(message) for message in [*turns, *start]] for turns in conversations]
-    for message in [message for prompt in prompts for message in prompt]:
+    for message in sum(prompts, []):  # copies, which may be changed
         if sees_pictures(processor):
             message["content"] = content_parts(message["content"])
         elif not isinstance(message["content"], str):
             raise ValueError("it has a picture, but the model reads only text")
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     options |= {"add_generation_prompt": not prefill, "continue_final_message": bool(prefill)}
-    padding = {"padding": True}
+    padding = {"padding": True}  # a processor of pictures takes it inside processor_kwargs
     options |= {"processor_kwargs": padding} if sees_pictures(processor) else padding
     return processor.apply_chat_template(prompts, **options)
 
@@ -900,7 +917,7 @@ def sees_pictures(processor) -> bool:
 
 
 def content_parts(content: str | list[dict]) -> list[dict]:
-    """A message as a list of texts and pictures. A picture may be a function that loads it."""
+    """The content of a message in parts. A picture may be a function that loads it."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     parts = [dict(part) for part in content]
@@ -916,33 +933,21 @@ def batches(
     """Yields (row numbers, encoded prompts) of batches of at most `budget` tokens with padding.
 
     A longer row goes alone. completions: for each prompt, the token lists that may follow it: one
-    answer, or all its choices. A prompt counts once for each, as its cache is repeated for them.
-    keeps_logits: all logits of these tokens are kept, so LOGIT_BUDGET bounds them, too.
+    answer, or all its choices. keeps_logits: their logits stay in memory, bounded by LOGIT_BUDGET.
     """
-    # 1) The lengths of the prompts (with pictures 256 at a time, as these are large), and of the
-    #    texts that follow.
+    # 1) Encode the prompts: text all at once; pictures, which are large, 256 at a time and only
+    #    for their lengths.
     at_once = 256 if sees_pictures(processor) else max(1, len(conversations))
     lengths = []
     for start in range(0, len(conversations), at_once):
         encoded = encode(model, processor, conversations[start : start + at_once], prefill)
         lengths += encoded["attention_mask"].sum(1).tolist()
-    new_lengths = [max(len(completion) for completion in own) for own in completions]
-    # 2) Groups of rows of similar length, the longest first.
-    totals = [length + new_length for length, new_length in zip(lengths, new_lengths)]
-    vocabulary = model.config.get_text_config().vocab_size if keeps_logits else 0
-    groups = []
-    for row in sorted(range(len(totals)), key=lambda row: totals[row], reverse=True):
-        group = [*groups[-1], row] if groups else [row]  # the last group with this row
-        num_completions = len(group) * max(len(completions[i]) for i in group)
-        longest, longest_new = max(lengths[i] for i in group), max(new_lengths[i] for i in group)
-        fits = num_completions * (longest + longest_new) <= budget
-        fits = fits and num_completions * longest_new * vocabulary <= LOGIT_BUDGET
-        # A row that may exceed the context stays alone, as its answer has less room than others.
-        if groups and fits and totals[group[0]] <= context_length(model):
-            groups[-1] = group
-        else:
-            groups.append([row])
-    # 3) The rows of each group without common padding. Tensors of pictures have other rows.
+    # 2) Group them.
+    config = model.config.get_text_config()
+    logits_per_token = config.vocab_size if keeps_logits else 0
+    groups = group_rows(lengths, completions, budget, logits_per_token, context_length(model))
+    # 3) Cut each group out of `encoded`, which holds all text, without common padding. The tensors
+    #    of pictures cannot be cut by row, so these prompts are encoded again.
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
         if sees_pictures(processor):
             inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
@@ -950,6 +955,33 @@ def batches(
             longest = max(lengths[row] for row in rows)
             inputs = {name: tensor[rows, -longest:] for name, tensor in encoded.items()}
         yield rows, inputs
+
+
+def group_rows(
+    lengths: list[int], completions: list, budget: int, logits_per_token: int, context: int
+) -> list[list[int]]:
+    """Numbers of rows of similar length, in groups for `batches`, the longest first."""
+    new_lengths = [max(len(completion) for completion in group) for group in completions]
+    totals = [length + new_length for length, new_length in zip(lengths, new_lengths)]
+
+    def fit_together(rows: list[int]) -> bool:
+        # Each prompt counts once for each completion, as its cache is copied for them.
+        num_sequences = len(rows) * max(len(completions[row]) for row in rows)
+        new_width = max(new_lengths[row] for row in rows)
+        width = max(lengths[row] for row in rows) + new_width
+        in_budget = num_sequences * width <= budget
+        logits_in_budget = num_sequences * new_width * logits_per_token <= LOGIT_BUDGET
+        # A row that may exceed the context has less room for its answer than others: it goes alone.
+        in_context = max(totals[row] for row in rows) <= context
+        return in_budget and logits_in_budget and in_context
+
+    groups = []
+    for row in sorted(range(len(totals)), key=lambda row: totals[row], reverse=True):
+        if groups and fit_together([*groups[-1], row]):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def pad_right(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -963,7 +995,7 @@ def append_tokens(inputs: dict, tokens: torch.Tensor, mask: torch.Tensor) -> dic
     """Prompts with tokens after them. The tensors of pictures are kept."""
     sequences = dict(inputs)
     for name, tensor in inputs.items():
-        if tensor.shape == inputs["input_ids"].shape:  # token_type_ids: 0 is text
+        if tensor.shape == inputs["input_ids"].shape:  # such as token_type_ids, where 0 is text
             sequences[name] = F.pad(tensor, (0, tokens.shape[1]))
     sequences["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
     sequences["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=1)
@@ -972,25 +1004,30 @@ def append_tokens(inputs: dict, tokens: torch.Tensor, mask: torch.Tensor) -> dic
 
 # ---- Models and layers ---------------------------------------------------------------------------
 
-TEXT_INPUTS = {"input_ids", "attention_mask", "cache", "past_key_values"}  # others are of pictures
+TEXT_INPUTS = {"input_ids", "attention_mask", "cache", "past_key_values"}
+
+
+def has_pictures(inputs: dict) -> bool:
+    """True if there are tensors of pictures among the inputs."""
+    return any(name not in TEXT_INPUTS for name in inputs)
 
 
 def run_model(model, inputs: dict, logits_to_keep: int = 0, use_cache: bool = False):
-    """The model's output. logits_to_keep: how many of the last positions have logits; 0: all."""
+    """The model's output. logits_to_keep: only so many last positions need logits; 0: all."""
     accepted = inspect.signature(without_peft(model).forward).parameters
     options = {"use_cache": use_cache}
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = logits_to_keep
-    # Positions count real tokens only, so that left padding does not shift a prompt. With a cache
-    # the mask is longer than the input. With pictures the model counts by itself.
-    if "position_ids" in accepted and TEXT_INPUTS.issuperset(inputs):
+    # Positions count real tokens only, so that left padding does not shift a prompt. As the mask
+    # covers a cache, too, the input has the last of them. With pictures the model counts itself.
+    if "position_ids" in accepted and not has_pictures(inputs):
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         options["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
     return model(**inputs, **options)
 
 
 def without_peft(model) -> Model:
-    """The model of transformers, which a PEFT model wraps."""
+    """The transformers model inside a PEFT model. Any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -1011,17 +1048,16 @@ def reference_policy(model) -> contextlib.AbstractContextManager:
 def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextManager:
     """In this `with` block, transformer blocks save only their input and run again in backward().
 
-    For that a block is in training mode. The layers inside it stay in eval mode.
+    A block does so only if its own `training` is True. The layers inside it stay in eval mode.
     """
     changes = []
+    run_block = partial(run_checkpointed, use_reentrant=False)
     for block in model.modules():
         if enabled and isinstance(block, GradientCheckpointingLayer):
-            attributes = {"gradient_checkpointing": True, "training": True}
-            run_block = partial(run_checkpointed, use_reentrant=False)
-            attributes["_gradient_checkpointing_func"] = run_block
-            # Some blocks call dropout themselves, with a rate of their own.
-            attributes |= {name: 0.0 for name in vars(block) if name.endswith("dropout")}
-            changes += [(block, name, value) for name, value in attributes.items()]
+            changes += [(block, "gradient_checkpointing", True), (block, "training", True)]
+            changes += [(block, "_gradient_checkpointing_func", run_block)]
+            # Some blocks call dropout themselves, with a rate that is an attribute.
+            changes += [(block, name, 0.0) for name in vars(block) if name.endswith("dropout")]
     if enabled and not changes:
         raise Transformer2Error("this model cannot be checkpointed: leave checkpointing off")
     return changed(changes)
@@ -1030,7 +1066,7 @@ def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextMana
 @contextlib.contextmanager
 def changed(changes: list[tuple[object, str, object]]) -> Iterator[None]:
     """Sets attributes, given as (object, name, value), and puts the previous values back."""
-    # An attribute may come from the object's class: then it is deleted afterwards, not set.
+    # vars holds an object's own attributes. One that came from its class is deleted afterwards.
     before = [dict(vars(thing)) for thing, _, _ in changes]
     try:
         for thing, name, value in changes:
@@ -1056,12 +1092,12 @@ TARGETS = {
 
 
 def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
-    """The layers that targets name. Raises Transformer2Error if there are none."""
+    """The layers that `targets` selects. Raises Transformer2Error if there are none."""
     way_out = f"use {', '.join(TARGETS)} or a regular expression over layer names"
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
     except re.error as error:
-        reason = f"targets {targets!r} match no layer, as they are no regular expression"
+        reason = f"targets {targets!r} match no layer: they are not a regular expression"
         raise Transformer2Error(f"{reason}: {way_out}") from error
     layers = {}
     for name, module in model.named_modules():
@@ -1071,17 +1107,15 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
             if module.weight.element_size() > 1:  # 1 byte: a quantised layer
                 layers[name] = module
     # Some mixtures of experts keep a matrix for each expert in one tensor of three dimensions.
-    fused = []
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and "conv" not in name and pattern.search(name):
-            fused.append(name)
-    note = f"{len(fused)} fused weights of mixtures of experts ({fused[:1]}) cannot be adapted"
+    in_3d = [name for name, weight in model.named_parameters() if weight.dim() == 3]
+    fused = [name for name in in_3d if "conv" not in name and pattern.search(name)]
+    note = f"{len(fused)} fused weights of mixtures of experts cannot be adapted, as {fused[:1]}"
     if not layers:
         reason = f"targets {targets!r} match no linear layer, or only quantised ones"
         reason += f"; {note}" if fused else ""
         raise Transformer2Error(f"{reason}: {way_out}")
     if fused:
-        print(f"note: {note}; {len(layers)} layers ({[*layers][0]}) are", file=sys.stderr)
+        print(f"note: {note}; {len(layers)} layers are, as {[*layers][:1]}", file=sys.stderr)
     return layers
 
 
@@ -1098,7 +1132,7 @@ def spread_over_rows(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def stack_experts(expert: Experts, layers: dict[str, SVFLinear]) -> dict[str, torch.Tensor]:
     """Layer name -> z of an expert (r,), or of one expert for each row (B, r); see use_expert."""
-    row_experts = expert if isinstance(expert, list) else [expert]
+    row_experts = expert if isinstance(expert, list) else [expert]  # a single one: as a list
     row_experts = [row_expert or {} for row_expert in row_experts]  # None: z = 1 everywhere
     for row_expert in row_experts:
         check_shapes({name: z.shape for name, z in row_expert.items()}, layers)
@@ -1115,7 +1149,7 @@ def stack_experts(expert: Experts, layers: dict[str, SVFLinear]) -> dict[str, to
 
 
 def use_expert_rows(model, rows: torch.Tensor) -> contextlib.AbstractContextManager:
-    """In this `with` block row i has the z of rows[i], where every row has its own z."""
+    """In this `with` block row i uses the z of row rows[i]. A z that all rows share stays."""
     changes = []
     for layer in svf_layers(model).values():
         z = layer.current_z()
@@ -1141,12 +1175,12 @@ def check_shapes(shapes: dict, layers: dict[str, SVFLinear]) -> None:
 
 
 class Progress:
-    """The state of a training run, with which it can be resumed with the same result."""
+    """The state of a training run, from which it can be resumed with the same result."""
 
     def __init__(self, model: Model, task: Task, hp: Hyperparameters):
         # What trains; after apply_svf: layer name -> z.
-        trainable = [(name, z) for name, z in model.named_parameters() if z.requires_grad]
-        self.parameters = {name.removesuffix(".z"): z for name, z in trainable}
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters = {name.removesuffix(".z"): p for name, p in trainable}
         if not self.parameters:
             raise Transformer2Error("nothing in the model requires gradients: call apply_svf first")
         # Without weight decay, which would pull z to 0.
@@ -1185,7 +1219,7 @@ class Progress:
             raise Transformer2Error(f"cannot read {path}: delete it to begin again") from error
         differing = [name for name in self.settings if theirs.get(name) != self.settings[name]]
         if differing:
-            reason = f"{path} belongs to a run with another {', '.join(differing)}"
+            reason = f"{path} belongs to a run with other settings ({', '.join(differing)})"
             raise Transformer2Error(f"{reason}: go on with the same, or delete it")
         self.next_step = state["next_step"]
         self.best, self.best_score = state["best"], state["best_score"]
@@ -1217,11 +1251,11 @@ def gather_shares(values: list) -> list:
 
 
 def sum_over_processes(parameters: list[nn.Parameter], stats: StepStats) -> None:
-    """Adds up the processes' gradients and statistics, in place."""
+    """Adds up the gradients, rewards and KL of all processes, in place."""
     if not distributed.is_initialized():
         return
     for parameter in parameters:
-        if parameter.grad is None:  # this process had no problem
+        if parameter.grad is None:  # this process's share was empty
             parameter.grad = torch.zeros_like(parameter)
         distributed.all_reduce(parameter.grad)
     sums = torch.tensor([stats.reward, stats.kl], device=parameters[0].device)
@@ -1243,8 +1277,10 @@ def save_expert(expert: Expert, path: str | Path, **about: object) -> None:
 
 
 def expert_header(expert: Expert, about: dict) -> str:
-    """Facts about an expert as one JSON object, with a format number and a checksum of it all."""
-    facts = json.loads(json.dumps(about, default=str))  # as they are read again
+    """Facts about an expert as one JSON object, with a format number and a checksum."""
+    facts = json.loads(
+        json.dumps(about, default=str)
+    )  # plain JSON values, as load_expert sees them
     checksum = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(expert):
         checksum.update(name.encode() + expert[name].numpy().tobytes())
@@ -1253,13 +1289,13 @@ def expert_header(expert: Expert, about: dict) -> str:
 
 
 def expert_facts(path: str | Path) -> dict:
-    """What save_expert was told about an expert. Raises ValueError for a damaged header."""
+    """What save_expert was told about an expert. Raises an error for a damaged header."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if "transformer2" in metadata:
         return json.loads(metadata["transformer2"])["about"]
     if "sha256" in str(metadata):
-        raise ValueError("its header is damaged")  # ours, under another key
+        raise ValueError("its header is damaged")  # our key is damaged
     return metadata  # a file written before formats were numbered
 
 
@@ -1277,7 +1313,7 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
             if model is not None:  # before a tensor is read
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
                 check_shapes(shapes, svf_layers(model))
-                # An expert of a model with fewer blocks would fit by its names.
+                # Its names also fit a model with more blocks; so our scripts save "blocks".
                 blocks = model.config.get_text_config().num_hidden_layers
                 if facts.get("blocks", blocks) != blocks:
                     raise ValueError(f"it is for {facts['blocks']} blocks, the model has {blocks}")
@@ -1285,7 +1321,7 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
             header = (file.metadata() or {}).get("transformer2")
         check_values(expert)
         if header is not None and header != expert_header(expert, facts):
-            raise ValueError("it is damaged, or of a later format: its checksum is another")
+            raise ValueError("it is damaged or of a later format: its checksum does not match")
     except Exception as error:  # a damaged file raises errors of many kinds
         reason = f"cannot use the expert {path}: {error}"
         raise Transformer2Error(reason.splitlines()[0]) from error
@@ -1299,7 +1335,7 @@ def check_values(expert: Expert) -> None:
     for name, z in expert.items():
         is_tensor = isinstance(name, str) and isinstance(z, torch.Tensor)
         if not is_tensor or not z.is_floating_point() or not z.isfinite().all():
-            raise ValueError(f"{name} is no tensor of finite floating-point numbers")
+            raise ValueError(f"{name} is not a tensor of finite floating-point numbers")
 
 
 def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
@@ -1309,16 +1345,18 @@ def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
     of the singular values. Here both become a part of z.
     """
     if model is None:
-        raise ValueError("it is a file of the authors: give the model, too")
-    with warnings.catch_warnings(action="ignore"):  # what torch says of files of other kinds
+        raise ValueError("it is a file of the authors: pass the model as well")
+    with warnings.catch_warnings(action="ignore"):  # torch's, about files it does not know
         parameters = torch.load(path, map_location="cpu", weights_only=True)
     check_values(parameters)
     layers = svf_layers(model)
     mlp_names = [name for name in layers if "mlp" in name]
     expert = {}
     for key, p in parameters.items():
-        name = key.removesuffix(".weight")  # model.layers.0.mlp.gate_proj.weight
-        number = key.rpartition(".")[2]  # or learnable_params_module_list.7: the eighth MLP layer
+        # Keys: model.layers.0.mlp.gate_proj.weight, or learnable_params_module_list.7, the eighth
+        # MLP layer.
+        name = key.removesuffix(".weight")
+        number = key.rpartition(".")[2]
         if number.isdigit() and int(number) < len(mlp_names):
             name = mlp_names[int(number)]
         check_shapes({name: p.shape}, layers)
@@ -1329,15 +1367,14 @@ def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
 
 
 def decompose_cached(weight: torch.Tensor, cache_dir: str | Path) -> tuple:
-    """decompose, stored in cache_dir under a hash of the weight's content."""
+    """decompose, stored in cache_dir under a hash of the weight's bytes, its dtype and rows."""
     content = weight.detach().contiguous().cpu().view(torch.uint8).numpy()
     digest = hashlib.sha256(content).hexdigest()[:24]
     path = Path(cache_dir) / f"{digest}-{weight.dtype}-{len(weight)}.safetensors"
-    try:
+    with contextlib.suppress(Exception):  # not there yet, or damaged
         factors = load_file(path, device=str(weight.device))
         return factors["U"], factors["s"], factors["Vh"]
-    except Exception:  # not there yet, or damaged: it is made again
-        U, s, Vh = decompose(weight)
+    U, s, Vh = decompose(weight)
     with contextlib.suppress(Transformer2Error):  # the cache cannot be written: go on without
         write_whole(path, partial(save_file, {"U": U, "s": s, "Vh": Vh}))
     return U, s, Vh
@@ -1355,7 +1392,8 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
-            if leftover.suffix[1:].isdigit() and not is_running(int(leftover.suffix[1:])):
+            process_id = leftover.suffix[1:]
+            if process_id.isdigit() and not is_running(int(process_id)):
                 remove(leftover)
         write(temporary)
         os.replace(temporary, path)
@@ -1368,11 +1406,11 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
 
 def is_running(process_id: int) -> bool:
     """False only if there is certainly no such process on this machine."""
-    if os.name == "nt":  # on Windows os.kill would end it
+    if os.name == "nt":  # there os.kill(process_id, 0) sends Ctrl+C
         return True
     try:
         os.kill(process_id, 0)
-    except OSError as error:  # of another kind: it belongs to somebody else
+    except OSError as error:  # any other error: it runs, for another user
         return not isinstance(error, ProcessLookupError)
     return True
 
