@@ -1,0 +1,174 @@
+"""What claims.py and baselines.py promise, on small random models.
+
+pytest experiments/test_claims.py
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_expert
+import transformer2 as t2
+from conftest import TOKENIZER, logits, make, make_svf, toy
+from experiments import baselines, claims
+
+FEW = {"steps": 3, "batch_size": 4, "validate_every": 3, "validation_problems": 2, "lr": 0.1}
+
+
+def never_right(text: str, problem: dict) -> float:
+    return -1.0
+
+
+@pytest.fixture
+def lab(tmp_path) -> baselines.Lab:
+    """A Lab with a random model, and with the tasks of the tiny one."""
+    make().save_pretrained(tmp_path / "MODEL")
+    TOKENIZER.save_pretrained(tmp_path / "MODEL")
+    args = argparse.Namespace(
+        model=str(tmp_path / "MODEL"), quick=True, seeds=[0], out=tmp_path / "results"
+    )
+    lab = baselines.Lab(args)
+    lab.suite = baselines.SUITES["tiny"]
+    return lab
+
+
+# ---- Methods and objectives ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", baselines.METHODS)
+def test_a_method_begins_at_the_base_model(name):
+    pytest.importorskip("peft")
+    model = baselines.METHODS[name](make())
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(logits(model), logits(make()), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+@pytest.mark.parametrize("objective", baselines.OBJECTIVES)
+def test_an_objective_returns_trained_values_and_puts_the_start_back(method, objective):
+    pytest.importorskip("peft")
+    model = baselines.METHODS[method](make())
+    before = logits(model)
+    alternating = iter([1.0, -1.0] * 1000)
+    task = toy(lambda text, problem: next(alternating), max_new_tokens=3)
+    values = baselines.OBJECTIVES[objective](model, TOKENIZER, task, **FEW)
+    assert torch.equal(logits(model), before)
+    baselines.set_values(model, values)
+    assert not torch.equal(logits(model), before)
+
+
+def test_next_token_prediction_makes_the_answer_likelier():
+    model = make_svf()
+    task = toy(never_right, max_new_tokens=3)
+    inputs = t2.encode(model, TOKENIZER, [task.conversation(task.problems("test")[0])])
+    answer = [TOKENIZER("B")["input_ids"] + [TOKENIZER.eos_token_id]]
+    before = t2.completion_log_probs(model, inputs, answer).item()
+    baselines.set_values(model, baselines.next_token(model, TOKENIZER, task, **FEW))
+    assert t2.completion_log_probs(model, inputs, answer).item() > before
+
+
+def test_both_objectives_draw_the_same_problems():
+    drawn = {}
+    for name, objective in baselines.OBJECTIVES.items():
+        questions = drawn[name] = set()
+        task = toy(never_right, max_new_tokens=3)
+        plain_conversation = task.conversation
+
+        def conversation(problem, questions=questions, plain_conversation=plain_conversation):
+            questions.add(problem["question"])
+            return plain_conversation(problem)
+
+        task.conversation = conversation
+        objective(make_svf(), TOKENIZER, task, **FEW)
+    assert len(drawn["next token"]) > 10
+    assert drawn["next token"] == drawn["policy gradient"]
+
+
+def test_a_missing_peft_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(t2.Transformer2Error, match="pip install -r experiments/requirements.txt"):
+        baselines.METHODS["LoRA"](make())
+
+
+# ---- Results and experts -------------------------------------------------------------------------
+
+
+def test_a_claim_goes_on_after_its_last_finished_run(lab, monkeypatch):
+    measured = []
+
+    def measure(lab: baselines.Lab, seed: int) -> dict:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(seed)
+        return {"figure": seed / 3}
+
+    def claim(lab: baselines.Lab) -> claims.Runs:
+        for seed in lab.seeds:
+            yield measure, {"seed": seed}
+
+    monkeypatch.setitem(claims.CLAIMS, "toy", claim)
+    lab.seeds = [0, 1, 2]
+    with pytest.raises(KeyboardInterrupt):
+        claims.measure_claim("toy", lab)
+    measured.clear()
+    records = claims.measure_claim("toy", lab)
+    assert measured == [2]
+    assert [record["figures"]["figure"] for record in records] == [0, 1 / 3, 2 / 3]
+
+    lab.settings = baselines.Settings()
+    with pytest.raises(t2.Transformer2Error, match="another hyper, test_problems.*--out"):
+        claims.measure_claim("toy", lab)
+
+
+def test_an_expert_is_trained_once_and_not_taken_for_one_of_other_settings(lab):
+    lab.settings = replace(lab.settings, hyper=FEW)
+    expert = lab.expert("reversal", seed=0)
+    again = lab.expert("reversal", seed=0)
+    assert all(torch.equal(expert[name], again[name]) for name in expert)
+    assert [path.suffix for path in (lab.out / "experts").iterdir()] == [".safetensors"]
+    lab.settings = replace(lab.settings, hyper={**FEW, "steps": 4})
+    with pytest.raises(t2.Transformer2Error, match="other settings: delete it"):
+        lab.expert("reversal", seed=0)
+
+
+def test_only_the_ranks_asked_for_keep_their_z(lab, monkeypatch):
+    seen = []
+    z = torch.tensor([2.0, 3.0, 4.0, 5.0])
+    monkeypatch.setattr(lab, "expert", lambda task, seed: {"layer": z})
+    monkeypatch.setattr(lab, "score", lambda model, task, expert: seen.append(expert["layer"]))
+    for ranks in claims.RANKS:
+        claims.score_ranks(lab, "reversal", ranks, seed=0)
+    parts = dict(zip(claims.RANKS, [part.tolist() for part in seen]))
+    assert parts["none"] == [1, 1, 1, 1]
+    assert parts["all"] == [2, 3, 4, 5]
+    assert parts["first quarter"] == [2, 1, 1, 1]
+    assert parts["last half"] == [1, 1, 4, 5]
+
+
+def test_a_table_has_the_mean_and_the_spread(capsys):
+    records = []
+    for seed in range(2):
+        figures = {"test": {"accuracy": (seed + 1) / 4, "problems": 100}, "alphas": [1.0]}
+        records.append({"run": {"task": "reversal", "seed": seed}, "figures": figures})
+    claims.print_tables(records)
+    assert "reversal  2     37.5 (25.0 to 50.0)" in capsys.readouterr().out
+    claims.print_tables(records[:1])
+    assert "reversal  1     25.0 (17.5 to 34.3)" in capsys.readouterr().out
+
+
+def test_the_command_line_refuses_an_unwritable_folder(tmp_path, monkeypatch, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setattr(train_expert, "load_model", lambda name: (make(), TOKENIZER))
+    command = ["claims.py", "cost", "--quick", "--out", str(blocked / "folder")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        train_expert.guarded(claims.main)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot write") and error.count("\n") == 1
+    assert Path(command[-1]).name in error
