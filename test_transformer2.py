@@ -249,11 +249,11 @@ def test_weights_of_three_dimensions_are_named_and_the_others_are_adapted(capsys
     assert attention <= set(t2.svf_layers(model))
     assert relative(logits(model), before) < 1e-4
     [message] = capsys.readouterr().err.splitlines()
-    assert re.search(r"cannot be adapted, as .*layers\.0\.mlp\.experts.*self_attn", message)
+    assert re.search(r"cannot be adapted, like .*layers\.0\.mlp\.experts.*self_attn", message)
 
 
 def test_targets_that_match_only_weights_of_three_dimensions_are_refused():
-    with pytest.raises(t2.Transformer2Error, match=r"cannot be adapted, as .*mlp\.experts"):
+    with pytest.raises(t2.Transformer2Error, match=r"cannot be adapted, like .*mlp\.experts"):
         t2.apply_svf(mixture_of_experts(), r"mlp\.experts")
 
 

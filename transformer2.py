@@ -3,7 +3,7 @@
 Sun, Cetin, Tang: "Transformer-Squared: Self-adaptive LLMs", ICLR 2025, arXiv 2501.06252.
 
 A weight matrix is split once into its singular components, W = U diag(s) Vᵀ. A vector z with one
-number per component rescales them: W' = U diag(s * z) Vᵀ. The z's of all matrices are an *expert*.
+number per component rescales them: W' = U diag(s * z) Vᵀ. All z's together are an *expert*.
 They are all that trains, by reinforcement learning on the model's own answers. At inference a
 first pass finds out which expert a prompt needs, and a second pass answers with it.
 
@@ -61,7 +61,7 @@ class Transformer2Error(ValueError):
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits W (m, n) into U (m, r), s (r,) and Vh (r, n) with W = U diag(s) Vh; r = min(m, n).
 
-    V, square if W is tall, holds the eigenvectors of WᵀW; column i of W V is s_i u_i. So
+    V, square unless W is wide, holds the eigenvectors of WᵀW; column i of W V is s_i u_i. So
     U diag(s) Vᵀ = W V Vᵀ = W. eigh is faster than an SVD. s descends, in float32; U and Vh have
     the weight's dtype.
     """
@@ -79,7 +79,7 @@ def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 class SVFLinear(nn.Module):
-    """y = U diag(s * z) Vᵀ x + b, in the place of a linear layer. z (r,) is all that trains.
+    """y = U diag(s * z) Vᵀ x + b, in place of a linear layer. z (r,) is all that trains.
 
     forward never builds W', so backward makes no (m, n) gradient. x: (B, ..., in_features).
     """
@@ -121,7 +121,7 @@ class SVFLinear(nn.Module):
 
 
 def apply_svf(model: Model, targets: str = "mlp", cache_dir: str | Path | None = None) -> Model:
-    """Freezes the model and replaces every matching layer by an SVFLinear, in place.
+    """Freezes the model and replaces every matching layer by an SVFLinear. In place, in eval mode.
 
     targets: "mlp" (as in the released code), "attention", "all", or a regular expression over layer
     names; never embeddings or the output head. cache_dir: a folder that keeps decompositions for
@@ -182,7 +182,7 @@ def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManag
 
 @dataclass
 class Task:
-    """What is trained and tested. A problem is a dict: question, answer, perhaps a solution."""
+    """What a model trains on. A problem is a dict: question, answer, perhaps a worked solution."""
 
     name: str
     problems: Callable[[str], list[dict]]  # split ("train", "validation", "test") -> problems
@@ -198,19 +198,19 @@ class Task:
 
 @dataclass
 class Hyperparameters:
-    """The settings of reinforce. Defaults are the paper's (appendix A.1), but for the baseline."""
+    """The settings of reinforce. batch_size, lr and max_grad_norm are the paper's (A.1)."""
 
     steps: int = 100  # updates of z
     batch_size: int = 256  # problems in an update, with one sampled answer each, or all choices
     lr: float = 2e-3  # AdamW's learning rate, which falls to 0 along a cosine
     kl_coef: float = 0.0  # λ; the paper picks 0, 0.1, 0.2 or 0.3 on validation problems
-    max_grad_norm: float = 1e-3  # of all z's together; no step dominates AdamW's running means
+    max_grad_norm: float = 1e-3  # of all z's together; steps above it weigh alike in AdamW
     baseline: bool = True  # subtract the mean of the other rewards; has no use with choices
     validate_every: int = 10  # steps; the best z is the result, at a tie the later one
     validation_problems: int = 128
     token_budget: int = 2048  # tokens in a micro-batch, with padding; a longer row goes alone
     checkpointing: bool = False  # less memory for activations, a third more time
-    seed: int = 0  # draws the problems and the answers
+    seed: int = 0  # decides which problems and answers are drawn
 
 
 @dataclass
@@ -220,7 +220,7 @@ class Answer:
     tokens: list[int]
     text: str
     reward: float = 0.0
-    advantage: float = 0.0  # the reward minus a baseline
+    advantage: float = 0.0  # the reward, minus the baseline if there is one
 
 
 @dataclass
@@ -231,7 +231,7 @@ class StepStats:
     reward: float = 0.0
     kl: float = 0.0  # estimate of KL(π_W' ‖ π_W); 0 at λ = 0, where it is not computed
     grad_norm: float = 0.0  # before clipping
-    mean_length: float = 0.0  # tokens of an answer
+    mean_length: float = 0.0  # tokens of a sampled answer
     seconds: float = 0.0
     validation: float | None = None  # accuracy, in the steps that measure it
 
@@ -256,12 +256,12 @@ def reinforce(
 ) -> Expert:
     """Trains an expert with REINFORCE (section 3.1), starting from the model's own z's.
 
-    Trains whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns what had the
-    best validation accuracy, and puts the starting values back. hyperparameters: fields of
+    Trains whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns the values
+    of the best validation accuracy, and puts the starting values back. hyperparameters: fields of
     Hyperparameters. checkpoint: a file for the progress after each step; if it exists, the run goes
     on from there. on_step: gets the statistics and the sampled answers of each step (none in step 0
-    and for a task with choices). Raises Transformer2Error if nothing requires gradients, there are
-    no problems, or the checkpoint is damaged or belongs to a run with other settings.
+    and for a task with choices). Raises Transformer2Error for settings that cannot work, no
+    problems, nothing that requires gradients, or a checkpoint that is damaged or of another run.
     """
     hp = Hyperparameters(**hyperparameters)
     check_seed(hp.seed)
@@ -302,7 +302,7 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
     seed = hp.seed * 100_003 + step
     order = torch.randperm(len(train_problems), generator=torch.Generator().manual_seed(seed))
     problems = [train_problems[i] for i in order[: hp.batch_size]]
-    # 2) Answer each of them: answers[i] are one sample for problem i, or all its choices.
+    # 2) Answer each of them: answers[i] holds one sample for problem i, or all its choices.
     sampled = []
     if task.choices is None:
         z = get_expert(model)  # as trained so far
@@ -356,7 +356,7 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     use_baseline = hp.baseline and task.choices is None
     set_advantages([answer for group in answers for answer in group], use_baseline)
     num_problems = len(problems)
-    # With several processes, each adds the part of its own problems.
+    # With several processes, each adds its own problems' part.
     problems, answers = my_share(problems), my_share(answers)
     prompts = [task.conversation(problem) for problem in problems]
     tokens = [[answer.tokens for answer in group] for group in answers]
@@ -365,7 +365,7 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
         completions = [tokens[row] for row in rows]
         with checkpointing(model, hp.checkpointing):
             log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W'(ŷ|x), (N,)
-            ref_log_probs = log_probs.detach()  # the log ratio is 0; at λ = 0 it is not needed
+            ref_log_probs = log_probs.detach()  # a stand-in at λ = 0, where π_W does not run
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
                     ref_log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W
@@ -465,7 +465,7 @@ def classify(
     names = {category.strip() for category in categories}
     if not categories or "" in names or len(names) < len(categories):
         raise Transformer2Error(f"categories {categories} must be different names, one or more")
-    # A task whose problems are the conversations. Its choices are only scored: no reward is needed.
+    # Task(name, problems, conversation, reward): the problems are given below, and not rewarded.
     ask = partial(category_question, categories=categories)
     task = Task("classify", None, ask, None, prefill=CATEGORY_PREFILL, choices=categories)
     chosen = likeliest_choices(model, processor, task, conversations, expert)
@@ -494,7 +494,7 @@ def two_pass(
 
 
 def mix(experts: list[Expert], alphas: torch.Tensor | np.ndarray) -> Expert:
-    """z' = 1 + sum_k α_k (z_k - 1): the paper's sum of α_k z_k if the α sum to 1.
+    """z' = 1 + sum_k α_k (z_k - 1): the paper's sum of α_k z_k if the α_k sum to 1.
 
     Otherwise the rest of the weight goes to the base model, z = 1. alphas: (K, 1), or (K, blocks)
     with a weight for each expert in each block of the network.
@@ -546,14 +546,14 @@ def few_shot(
 def score_mixtures(model, processor, task, problems, experts: list[Expert], candidates) -> list:
     """(accuracy, mean log-likelihood of the right answers) of each candidate α.
 
-    The candidates answer together: a batch has rows of several of them, each under its own z.
+    The candidates answer together: a batch mixes rows of several, each row under its own z.
     """
     all_problems = problems * len(candidates)
     mixtures = [mix(experts, alphas) for alphas in candidates]
     all_experts = [mixture for mixture in mixtures for _ in problems]
     answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
     accuracy = np.array([max(0.0, answer.reward) for answer in answers])
-    # A task with the worked solution, or else the answer, as its only choice gives its likelihood.
+    # The right answer's likelihood: score a copy of the task that has it as the only choice.
     solution_task = replace(task, choices=lambda p: [p.get("solution", p["answer"])])
     log_probs = score_choices(model, processor, solution_task, all_problems, expert=all_experts)
     log_likelihood = np.array([log_prob.item() for log_prob in log_probs])
@@ -573,7 +573,7 @@ def cross_entropy_method(
     mean = np.full(shape, 1 / shape[0])  # 1/K
     deviation = np.full(shape, 0.5)
     num_elite = max(2, round(0.2 * population))
-    best = []  # its score and the candidate
+    best = []  # later one (score, candidate)
     for iteration in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
         # 1) sample candidates around the mean
         candidates = list(first) if iteration == 0 else []
@@ -593,28 +593,28 @@ def cross_entropy_method(
 
 # ==== Plumbing: what makes the method work with any model, and fast ===============================
 
-# ---- Tasks with choices: so few answers that all can be scored, instead of one sampled -----------
+# ---- Tasks with choices: few enough answers to score them all, instead of sampling one -----------
 
 
 def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]]) -> list:
     """log π(choice|x) of every choice, summed over its tokens: a tensor (C,) for each prompt.
 
     inputs: left-padded prompts from encode. choices: token ids of each prompt's own choices; C may
-    differ. A prompt runs once, and its key-value cache is copied for its choices. Differentiable.
+    differ. Where a prompt's cache can be copied for its choices, it runs only once. Differentiable.
     """
     if not can_repeat_cache(model, inputs):
         return whole_choice_log_probs(model, inputs, choices)
     counts = [len(own_choices) for own_choices in choices]
     # The prompt of each choice, (N,): [0, 0, 0, 1, 1] for two prompts with 3 and 2 choices.
-    prompt_of = torch.arange(len(choices)).repeat_interleave(torch.tensor(counts)).to(model.device)
+    prompt_of = torch.tensor([i for i, own in enumerate(choices) for _ in own]).to(model.device)
     tokens, mask = pad_right([choice for own in choices for choice in own], model.device)  # (N, T)
     # 1) Every prompt runs once. Its last position predicts the first token of all its choices.
     output = run_model(model, inputs, logits_to_keep=1, use_cache=True)
-    log_probs = token_log_probs(output.logits[prompt_of, -1], tokens[:, 0])  # (N,), no padding
+    log_probs = token_log_probs(output.logits[prompt_of, -1], tokens[:, 0])  # (N,); none is empty
     # 2) The other tokens of each choice run on a copy of its prompt's cache. Running a token gives
     #    the logits of the next: tokens[:, :-1] run, tokens[:, 1:] are scored.
     if tokens.shape[1] > 1:
-        cache_name = "cache" if "cache" in output else "past_key_values"  # new, old versions
+        cache_name = "cache" if "cache" in output else "past_key_values"  # its new, old name
         output[cache_name].batch_select_indices(prompt_of)  # in place: row i is now of choice i
         # The mask covers the cached prompt, too.
         choice_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
@@ -627,7 +627,7 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
 
 
 def whole_choice_log_probs(model, inputs: dict, choices: list) -> list[torch.Tensor]:
-    """As choice_log_probs, in whole sequences: pass c runs prompt and choice c of every prompt."""
+    """Like choice_log_probs, in whole sequences: run c takes every prompt with its choice c."""
     columns = []
     for c in range(max(len(own_choices) for own_choices in choices)):
         # A prompt with fewer choices repeats its last one, which is dropped below.
@@ -696,7 +696,7 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
         choices.append(Answer(tokens, text))
     # If one choice is the start of another ("math", "mathematics"), all get an end token, or the
-    # shorter would be the likelier. Benchmarks, whose prompts are plain text, score without it.
+    # shorter would be the likelier. Plain text is scored without it, as benchmarks do.
     needs_end = any(a != b and b.startswith(a) for a in texts for b in texts)
     if needs_end and not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
         for choice in choices:
@@ -708,8 +708,8 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
 def continuation(tokenizer, before: str, text: str) -> list[int]:
     """Token ids of a text that follows another: those of "is math" without those of "is".
 
-    Tokenizers often have different tokens for "math" and " math". So the last word of `before` is
-    tokenized with the text. If that changes the word's tokens, the text is tokenized alone. The
+    Alone, a text often begins with other tokens than after a word. So the last word of `before` is
+    tokenized with it. If that changes the word's own tokens, the text is tokenized alone. The
     result is cached: do not change it.
     """
     last_word = before.split(" ")[-1]
@@ -737,9 +737,9 @@ def generate(
     """The model's answers to conversations.
 
     expert: None for the base model, an Expert, or a list with one entry for each conversation.
-    temperature: 0 is greedy. prefill: the start of every answer. seed: for sampled answers; None
-    draws one from torch's generator. Raises Transformer2Error for a prompt that leaves no room in
-    the model's context or cannot be encoded.
+    temperature: 0 is greedy. prefill: the start of every answer, not returned. seed: for sampled
+    answers; None draws one from torch's generator. Raises Transformer2Error for a prompt that
+    leaves no room in the model's context or cannot be encoded.
     """
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     check_seed(seed)
@@ -759,15 +759,17 @@ def generate_tokens(
     settings = generation_settings(model, processor)
     ends = settings.eos_token_id or []
     causal_lm = without_peft(model)
+    # What may follow each prompt: batches reads only its length.
+    answers = [[range(max_new_tokens)]] * len(conversations)
     completions = {}
-    new_tokens = [[range(max_new_tokens)]] * len(conversations)  # stand-ins of the right length
-    options = (prefill, new_tokens, TOKEN_BUDGET)
-    for rows, inputs in batches(model, processor, conversations, *options, keeps_logits=False):
+    for rows, inputs in batches(
+        model, processor, conversations, prefill, answers, TOKEN_BUDGET, keeps_logits=False
+    ):
         samplers = []
         if temperature > 0:
             row_seeds = [seed * 1_000_003 + numbers[row] for row in rows]
             samplers.append(RowSampler(model.device, row_seeds, temperature))
-        # batches leaves a prompt near the end of the context alone: this cuts no other answer.
+        # A prompt with less room than that has its batch to itself: no other answer is cut.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
@@ -781,12 +783,12 @@ def generate_tokens(
 
 
 def generation_settings(model, processor) -> GenerationConfig:
-    """Replaces the model's own settings, which would fill in what is left open (top_k, ...)."""
+    """Settings in place of the model's own, which would fill in what is left open (top_k, ...)."""
     tokenizer = prepared_tokenizer(processor)
     ends = model.generation_config.eos_token_id
     if ends is None:
         ends = tokenizer.eos_token_id
-    # A model must not write the token for a picture: it would expect one.
+    # A model must not write the token for a picture: it would then expect a picture.
     image_token = getattr(processor, "image_token_id", None)
     return GenerationConfig(
         do_sample=False,  # at any temperature: the noise of a RowSampler makes the argmax a sample
@@ -907,8 +909,10 @@ def apply_chat_template(processor, conversations, prefill: str) -> dict:
             raise ValueError("it has a picture, but the model reads only text")
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     options |= {"add_generation_prompt": not prefill, "continue_final_message": bool(prefill)}
-    padding = {"padding": True}  # a processor of pictures takes it inside processor_kwargs
-    options |= {"processor_kwargs": padding} if sees_pictures(processor) else padding
+    if sees_pictures(processor):
+        options["processor_kwargs"] = {"padding": True}
+    else:
+        options["padding"] = True
     return processor.apply_chat_template(prompts, **options)
 
 
@@ -933,7 +937,7 @@ def batches(
     """Yields (row numbers, encoded prompts) of batches of at most `budget` tokens with padding.
 
     A longer row goes alone. completions: for each prompt, the token lists that may follow it: one
-    answer, or all its choices. keeps_logits: their logits stay in memory, bounded by LOGIT_BUDGET.
+    answer, or all its choices. keeps_logits: bound the completions' logits by LOGIT_BUDGET, too.
     """
     # 1) Encode the prompts: text all at once; pictures, which are large, 256 at a time and only
     #    for their lengths.
@@ -946,8 +950,8 @@ def batches(
     config = model.config.get_text_config()
     logits_per_token = config.vocab_size if keeps_logits else 0
     groups = group_rows(lengths, completions, budget, logits_per_token, context_length(model))
-    # 3) Cut each group out of `encoded`, which holds all text, without common padding. The tensors
-    #    of pictures cannot be cut by row, so these prompts are encoded again.
+    # 3) Text: cut a group's rows out of `encoded`, without the padding they share. The tensors of
+    #    pictures have no axis of rows: encode the group again.
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
         if sees_pictures(processor):
             inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
@@ -965,13 +969,13 @@ def group_rows(
     totals = [length + new_length for length, new_length in zip(lengths, new_lengths)]
 
     def fit_together(rows: list[int]) -> bool:
-        # Each prompt counts once for each completion, as its cache is copied for them.
+        # Each prompt counts as often as the one with most completions: its cache is copied.
         num_sequences = len(rows) * max(len(completions[row]) for row in rows)
         new_width = max(new_lengths[row] for row in rows)
         width = max(lengths[row] for row in rows) + new_width
         in_budget = num_sequences * width <= budget
         logits_in_budget = num_sequences * new_width * logits_per_token <= LOGIT_BUDGET
-        # A row that may exceed the context has less room for its answer than others: it goes alone.
+        # Where prompt and answer may exceed the context, the answer is cut: such a row goes alone.
         in_context = max(totals[row] for row in rows) <= context
         return in_budget and logits_in_budget and in_context
 
@@ -1008,18 +1012,18 @@ TEXT_INPUTS = {"input_ids", "attention_mask", "cache", "past_key_values"}
 
 
 def has_pictures(inputs: dict) -> bool:
-    """True if there are tensors of pictures among the inputs."""
+    """True if the inputs hold more than text does, as with pictures."""
     return any(name not in TEXT_INPUTS for name in inputs)
 
 
 def run_model(model, inputs: dict, logits_to_keep: int = 0, use_cache: bool = False):
-    """The model's output. logits_to_keep: only so many last positions need logits; 0: all."""
+    """The model's output. logits_to_keep: how many last positions need logits; 0: all."""
     accepted = inspect.signature(without_peft(model).forward).parameters
     options = {"use_cache": use_cache}
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = logits_to_keep
-    # Positions count real tokens only, so that left padding does not shift a prompt. As the mask
-    # covers a cache, too, the input has the last of them. With pictures the model counts itself.
+    # Positions count real tokens only, so that left padding does not shift a prompt. The mask
+    # covers a cache, too; the input's positions are last. With pictures the model numbers them.
     if "position_ids" in accepted and not has_pictures(inputs):
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         options["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
@@ -1056,7 +1060,7 @@ def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextMana
         if enabled and isinstance(block, GradientCheckpointingLayer):
             changes += [(block, "gradient_checkpointing", True), (block, "training", True)]
             changes += [(block, "_gradient_checkpointing_func", run_block)]
-            # Some blocks call dropout themselves, with a rate that is an attribute.
+            # `training` turns on the block's own dropout, too: set its rates to 0.
             changes += [(block, name, 0.0) for name in vars(block) if name.endswith("dropout")]
     if enabled and not changes:
         raise Transformer2Error("this model cannot be checkpointed: leave checkpointing off")
@@ -1097,7 +1101,7 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
     except re.error as error:
-        reason = f"targets {targets!r} match no layer: they are not a regular expression"
+        reason = f"targets {targets!r} match no layer, not being a regular expression"
         raise Transformer2Error(f"{reason}: {way_out}") from error
     layers = {}
     for name, module in model.named_modules():
@@ -1109,13 +1113,13 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
     # Some mixtures of experts keep a matrix for each expert in one tensor of three dimensions.
     in_3d = [name for name, weight in model.named_parameters() if weight.dim() == 3]
     fused = [name for name in in_3d if "conv" not in name and pattern.search(name)]
-    note = f"{len(fused)} fused weights of mixtures of experts cannot be adapted, as {fused[:1]}"
+    note = f"{len(fused)} fused weights of mixtures of experts cannot be adapted, like {fused[:1]}"
     if not layers:
         reason = f"targets {targets!r} match no linear layer, or only quantised ones"
         reason += f"; {note}" if fused else ""
         raise Transformer2Error(f"{reason}: {way_out}")
     if fused:
-        print(f"note: {note}; {len(layers)} layers are, as {[*layers][:1]}", file=sys.stderr)
+        print(f"note: {note}; adapted: {len(layers)}, like {[*layers][:1]}", file=sys.stderr)
     return layers
 
 
@@ -1192,7 +1196,7 @@ class Progress:
         layers = [f"{name} {[*z.shape]}" for name, z in self.start.items()]
         self.settings = {**asdict(hp), "task": task.name, "token limit": task.max_new_tokens}
         self.settings |= {"model": model.config._name_or_path, "layers": layers}
-        # These two may change when a run goes on: they do not change the result.
+        # These two may change when a run goes on: they change the result by rounding at most.
         del self.settings["token_budget"], self.settings["checkpointing"]
 
     def values(self) -> Expert:
@@ -1278,9 +1282,7 @@ def save_expert(expert: Expert, path: str | Path, **about: object) -> None:
 
 def expert_header(expert: Expert, about: dict) -> str:
     """Facts about an expert as one JSON object, with a format number and a checksum."""
-    facts = json.loads(
-        json.dumps(about, default=str)
-    )  # plain JSON values, as load_expert sees them
+    facts = json.loads(json.dumps(about, default=str))  # as load_expert sees them
     checksum = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(expert):
         checksum.update(name.encode() + expert[name].numpy().tobytes())
@@ -1295,12 +1297,12 @@ def expert_facts(path: str | Path) -> dict:
     if "transformer2" in metadata:
         return json.loads(metadata["transformer2"])["about"]
     if "sha256" in str(metadata):
-        raise ValueError("its header is damaged")  # our key is damaged
+        raise ValueError("its header is damaged")  # ours, under a garbled key
     return metadata  # a file written before formats were numbered
 
 
 def load_expert(path: str | Path, model: Model | None = None) -> Expert:
-    """Reads an expert: a file of save_expert, or a .pt file of the paper's authors.
+    """Reads an expert: a file by save_expert, or a .pt file by the paper's authors.
 
     model: for a check of names and shapes; the authors' files need it. Raises Transformer2Error
     for a file that is damaged, holds anything but finite numbers, or does not fit the model.
@@ -1313,7 +1315,7 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
             if model is not None:  # before a tensor is read
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
                 check_shapes(shapes, svf_layers(model))
-                # Its names also fit a model with more blocks; so our scripts save "blocks".
+                # The names fit a model with more blocks, too, so our scripts save "blocks".
                 blocks = model.config.get_text_config().num_hidden_layers
                 if facts.get("blocks", blocks) != blocks:
                     raise ValueError(f"it is for {facts['blocks']} blocks, the model has {blocks}")
@@ -1346,7 +1348,7 @@ def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
     """
     if model is None:
         raise ValueError("it is a file of the authors: pass the model as well")
-    with warnings.catch_warnings(action="ignore"):  # torch's, about files it does not know
+    with warnings.catch_warnings(action="ignore"):  # torch's, about the file's format
         parameters = torch.load(path, map_location="cpu", weights_only=True)
     check_values(parameters)
     layers = svf_layers(model)
@@ -1367,7 +1369,7 @@ def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
 
 
 def decompose_cached(weight: torch.Tensor, cache_dir: str | Path) -> tuple:
-    """decompose, stored in cache_dir under a hash of the weight's bytes, its dtype and rows."""
+    """decompose, stored in cache_dir. The name has a hash of the weight's bytes, dtype and rows."""
     content = weight.detach().contiguous().cpu().view(torch.uint8).numpy()
     digest = hashlib.sha256(content).hexdigest()[:24]
     path = Path(cache_dir) / f"{digest}-{weight.dtype}-{len(weight)}.safetensors"

@@ -4,6 +4,8 @@ pytest experiments/test_claims.py
 """
 
 import argparse
+import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +149,35 @@ def test_only_the_ranks_asked_for_keep_their_z(lab, monkeypatch):
     assert parts["all"] == [2, 3, 4, 5]
     assert parts["first quarter"] == [2, 1, 1, 1]
     assert parts["last half"] == [1, 1, 4, 5]
+
+
+def shown_figures(path: Path) -> set[str]:
+    """Every figure that claims.py prints for a results file: a mean and its interval."""
+    groups = {}  # run without its seed, name of the figure -> values of the seeds
+    for record in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        run = [(name, value) for name, value in record["run"].items() if name != "seed"]
+        for name, value in record["figures"].items():
+            if not isinstance(value, list):
+                groups.setdefault((str(run), name), []).append(value)
+    return {claims.summary(values) for values in groups.values()}
+
+
+def test_every_number_under_here_is_in_the_results_file_that_its_table_names():
+    folder = Path(__file__).parent
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    tables = re.findall(r"`results/(\S+)`[^|]*\n\n((?:\|.*\n)+)", text)
+    checked = 0
+    for name, table in tables:
+        header, _, *rows = [line.strip("|").split("|") for line in table.splitlines()]
+        columns = [i for i, title in enumerate(header) if title.strip().startswith("here")]
+        if not columns:
+            continue
+        figures = shown_figures(folder / "results" / name)
+        for row in rows:
+            for i in columns:
+                assert row[i].strip() in figures, f"{name}: {row[i]}"
+                checked += 1
+    assert checked > 0
 
 
 def test_a_table_has_the_mean_and_the_spread(capsys):
