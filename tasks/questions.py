@@ -319,7 +319,7 @@ def real_classify() -> Task:
         return in_turn([*sources, other_prompts(split)])
 
     return classify_task(
-        "classify", problems, CATEGORIES, steps=16, batch_size=40, lr=4e-3, validate_every=5
+        "classify", problems, CATEGORIES, steps=20, batch_size=40, lr=4e-3, validate_every=5
     )
 
 
