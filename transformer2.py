@@ -52,7 +52,7 @@ Experts = Expert | None | list[Expert | None]
 
 
 class Transformer2Error(ValueError):
-    """An error the caller can fix. The message is one sentence: what is wrong and what to do."""
+    """An error the caller can fix. The message is one sentence: what is wrong, and the way out."""
 
 
 # ---- Section 3.1: singular value fine-tuning, W' = U diag(s * z) Vᵀ ------------------------------
@@ -61,9 +61,9 @@ class Transformer2Error(ValueError):
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits W (m, n) into U (m, r), s (r,) and Vh (r, n) with W = U diag(s) Vh; r = min(m, n).
 
-    V, square unless W is wide, holds the eigenvectors of WᵀW; column i of W V is s_i u_i. So
-    U diag(s) Vᵀ = W V Vᵀ = W. eigh is faster than an SVD. s descends, in float32; U and Vh have
-    the weight's dtype.
+    If W is tall, V is square and holds the eigenvectors of WᵀW; column i of W V is s_i u_i. So
+    U diag(s) Vᵀ = W V Vᵀ = W. A wide W is transposed first. eigh is faster than an SVD. s
+    descends, in float32; U and Vh have the weight's dtype.
     """
     if weight.shape[0] < weight.shape[1]:  # wide: Wᵀ = V diag(s) Uᵀ is tall
         V, s, Uh = decompose(weight.T)
@@ -121,11 +121,11 @@ class SVFLinear(nn.Module):
 
 
 def apply_svf(model: Model, targets: str = "mlp", cache_dir: str | Path | None = None) -> Model:
-    """Freezes the model and replaces every matching layer by an SVFLinear. In place, in eval mode.
+    """Freezes the model and replaces every matching layer by an SVFLinear, in place.
 
     targets: "mlp" (as in the released code), "attention", "all", or a regular expression over layer
     names; never embeddings or the output head. cache_dir: a folder that keeps decompositions for
-    the next time. Returns the model. Raises Transformer2Error if no layer matches.
+    the next time. Returns the model, in eval mode. Raises Transformer2Error if no layer matches.
     """
     layers = matching_layers(model, targets).items()
     model.requires_grad_(False)
@@ -153,7 +153,7 @@ def merge_svf(model: Model) -> Model:
 
 
 def get_expert(model: Model) -> Expert:
-    """A copy of the z's in use: inside `with use_expert` those, otherwise the model's own."""
+    """A copy of the z's in use: those of an enclosing use_expert, otherwise the model's own."""
     layers = svf_layers(model).items()
     return {name: layer.current_z().detach().clone() for name, layer in layers}
 
@@ -173,8 +173,9 @@ def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManag
 #
 # Eq. 1 is     J(z) = E[ log π_W'(ŷ|x) r(ŷ, y) ] - λ KL( π_W' ‖ π_W ),   ŷ drawn from π_W'( · | x).
 #
-# REINFORCE takes the drawn ŷ and their rewards as given. The KL's gradient is an expectation over
-# the same answers: E[ ∇ log π_W' · log(π_W' / π_W) ] + E[ ∇ log π_W' ], and the last term is 0. So
+# In the first term REINFORCE differentiates only log π_W', at the drawn ŷ. The KL is differentiated
+# in full, the drawing included: E[ ∇ log π_W' · log(π_W' / π_W) ] + E[ ∇ log π_W' ]. Here the last
+# expectation is 0, as probabilities add up to 1. So
 #     ∇J = E[ ∇ log π_W'(ŷ|x) · ( r(ŷ, y) - λ log( π_W'(ŷ|x) / π_W(ŷ|x) ) ) ].
 # This is also the gradient of E[r] - λ KL. One sampled answer to each problem estimates it: see
 # reinforce_loss below.
@@ -204,7 +205,7 @@ class Hyperparameters:
     batch_size: int = 256  # problems in an update, with one sampled answer each, or all choices
     lr: float = 2e-3  # AdamW's learning rate, which falls to 0 along a cosine
     kl_coef: float = 0.0  # λ; the paper picks 0, 0.1, 0.2 or 0.3 on validation problems
-    max_grad_norm: float = 1e-3  # of all z's together; steps above it weigh alike in AdamW
+    max_grad_norm: float = 1e-3  # of all z's together; longer gradients are cut to it
     baseline: bool = True  # subtract the mean of the other rewards; has no use with choices
     validate_every: int = 10  # steps; the best z is the result, at a tie the later one
     validation_problems: int = 128
@@ -257,11 +258,11 @@ def reinforce(
     """Trains an expert with REINFORCE (section 3.1), starting from the model's own z's.
 
     Trains whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns the values
-    of the best validation accuracy, and puts the starting values back. hyperparameters: fields of
+    with the best validation accuracy, and puts the starting values back. hyperparameters: fields of
     Hyperparameters. checkpoint: a file for the progress after each step; if it exists, the run goes
-    on from there. on_step: gets the statistics and the sampled answers of each step (none in step 0
-    and for a task with choices). Raises Transformer2Error for settings that cannot work, no
-    problems, nothing that requires gradients, or a checkpoint that is damaged or of another run.
+    on from there. on_step: gets the statistics and the sampled answers of each step (no answers in
+    step 0 or for a task with choices). Raises Transformer2Error for no problems, nothing that
+    requires gradients, a KL without a base model, a checkpoint that is damaged or of another run.
     """
     hp = Hyperparameters(**hyperparameters)
     check_seed(hp.seed)
@@ -279,7 +280,7 @@ def reinforce(
             if step > 0:  # step 0 only validates the start
                 stats, answers = update(model, processor, task, train_problems, progress, hp, step)
             if step % hp.validate_every == 0 or step == hp.steps:
-                z = get_expert(model)  # as trained so far; expert=None would be the base model
+                z = get_expert(model)  # as trained so far ({} with PEFT); None: the base model
                 stats.validation = evaluate(model, processor, task, held_out_problems, expert=z)
                 if stats.validation >= progress.best_score:  # at a tie the later one
                     progress.best, progress.best_score = progress.values(), stats.validation
@@ -369,7 +370,7 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
                     ref_log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W
-            # An answer's weight in the mean over all problems.
+            # In the mean over problems: 1 / problems, times π(choice) where all choices are given.
             weights = torch.ones_like(log_probs) / num_problems
             if task.choices is not None:
                 weights = weights * log_probs.detach().exp()
@@ -465,7 +466,7 @@ def classify(
     names = {category.strip() for category in categories}
     if not categories or "" in names or len(names) < len(categories):
         raise Transformer2Error(f"categories {categories} must be different names, one or more")
-    # Task(name, problems, conversation, reward): the problems are given below, and not rewarded.
+    # Task(name, problems, conversation, reward): each conversation is a problem, and none rewarded.
     ask = partial(category_question, categories=categories)
     task = Task("classify", None, ask, None, prefill=CATEGORY_PREFILL, choices=categories)
     chosen = likeliest_choices(model, processor, task, conversations, expert)
@@ -486,7 +487,7 @@ def two_pass(
     experts: category -> Expert, or None for the base model; "other", the base model, is added if it
     is missing. classifier: z^c of strategy B. options: passed on to generate.
     """
-    categories = list({**experts, "other": None})
+    categories = list({**experts, "other": None})  # the names only: an "other" of experts is kept
     chosen = classify(model, processor, conversations, categories, expert=classifier)
     row_experts = [experts.get(category) for category in chosen]
     answers = generate(model, processor, conversations, expert=row_experts, **options)
@@ -503,8 +504,8 @@ def mix(experts: list[Expert], alphas: torch.Tensor | np.ndarray) -> Expert:
     mixture = {}
     for expert, expert_alphas in zip(experts, alphas):
         for name, z in expert.items():
-            number = re.search(r"\.(\d+)\.", name)  # 3 in model.layers.3.mlp.up_proj
-            block = int(number.group(1)) if number and len(expert_alphas) > 1 else 0
+            match = re.search(r"\.(\d+)\.", name)  # the 3 of model.layers.3.mlp.up_proj
+            block = int(match[1]) if match and len(expert_alphas) > 1 else 0
             z = z.cpu()
             so_far = mixture.get(name, torch.ones_like(z))  # the sum starts at 1
             mixture[name] = so_far + expert_alphas[block] * (z - 1)
@@ -553,7 +554,7 @@ def score_mixtures(model, processor, task, problems, experts: list[Expert], cand
     all_experts = [mixture for mixture in mixtures for _ in problems]
     answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
     accuracy = np.array([max(0.0, answer.reward) for answer in answers])
-    # The right answer's likelihood: score a copy of the task that has it as the only choice.
+    # The right answer's likelihood: as the only choice, which score_choices does not normalise.
     solution_task = replace(task, choices=lambda p: [p.get("solution", p["answer"])])
     log_probs = score_choices(model, processor, solution_task, all_problems, expert=all_experts)
     log_likelihood = np.array([log_prob.item() for log_prob in log_probs])
@@ -573,7 +574,7 @@ def cross_entropy_method(
     mean = np.full(shape, 1 / shape[0])  # 1/K
     deviation = np.full(shape, 0.5)
     num_elite = max(2, round(0.2 * population))
-    best = []  # later one (score, candidate)
+    best = []  # empty, then the one best (score, candidate)
     for iteration in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
         # 1) sample candidates around the mean
         candidates = list(first) if iteration == 0 else []
@@ -611,18 +612,17 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
     # 1) Every prompt runs once. Its last position predicts the first token of all its choices.
     output = run_model(model, inputs, logits_to_keep=1, use_cache=True)
     log_probs = token_log_probs(output.logits[prompt_of, -1], tokens[:, 0])  # (N,); none is empty
-    # 2) The other tokens of each choice run on a copy of its prompt's cache. Running a token gives
-    #    the logits of the next: tokens[:, :-1] run, tokens[:, 1:] are scored.
-    if tokens.shape[1] > 1:
-        cache_name = "cache" if "cache" in output else "past_key_values"  # its new, old name
+    # 2) The other tokens of each choice run on a copy of its prompt's cache.
+    run, scored = tokens[:, :-1], tokens[:, 1:]  # running a token gives the logits of the next
+    if run.shape[1] > 0:
+        cache_name = "cache" if "cache" in output else "past_key_values"  # transformers renames it
         output[cache_name].batch_select_indices(prompt_of)  # in place: row i is now of choice i
         # The mask covers the cached prompt, too.
-        choice_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
-        choice_inputs = {"input_ids": tokens[:, :-1], "attention_mask": choice_mask}
-        choice_inputs[cache_name] = output[cache_name]
+        run_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
+        run_inputs = {"input_ids": run, "attention_mask": run_mask, cache_name: output[cache_name]}
         with use_expert_rows(model, prompt_of):
-            logits = run_model(model, choice_inputs, use_cache=True).logits  # (N, T - 1, V)
-        log_probs = log_probs + (token_log_probs(logits, tokens[:, 1:]) * mask[:, 1:]).sum(1)
+            logits = run_model(model, run_inputs, use_cache=True).logits  # (N, T - 1, V)
+        log_probs = log_probs + (token_log_probs(logits, scored) * mask[:, 1:]).sum(1)
     return list(log_probs.split(counts))
 
 
@@ -641,7 +641,8 @@ def can_repeat_cache(model, inputs: dict) -> bool:
     """True if choice_log_probs can run the choices on copies of the prompts' cache."""
     # State-space layers (Mamba) and convolutions keep a state that transformers cannot repeat.
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    only_attention = all(layer_type.endswith("attention") for layer_type in layer_types)
+    repeatable = {"full_attention", "sliding_attention", "chunked_attention"}
+    only_attention = set(layer_types) <= repeatable
     has_state = getattr(without_peft(model), "_is_stateful", False)
     # Layers under checkpointing run without a cache.
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
@@ -686,7 +687,7 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
         question = problem.get("question")
         raise Transformer2Error(f"task {task.name} has no choices for the problem {question!r}")
     tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
-    # The text just before a choice; after a chat template that is only the prefill.
+    # What a choice continues: the plain text and the prefill, or in a chat the prefill alone.
     before = (prompt if isinstance(prompt, str) else "") + task.prefill
     choices = []
     for text in texts:
@@ -759,11 +760,10 @@ def generate_tokens(
     settings = generation_settings(model, processor)
     ends = settings.eos_token_id or []
     causal_lm = without_peft(model)
-    # What may follow each prompt: batches reads only its length.
-    answers = [[range(max_new_tokens)]] * len(conversations)
+    longest = [[range(max_new_tokens)]] * len(conversations)  # stand-ins: only their len is read
     completions = {}
     for rows, inputs in batches(
-        model, processor, conversations, prefill, answers, TOKEN_BUDGET, keeps_logits=False
+        model, processor, conversations, prefill, longest, TOKEN_BUDGET, keeps_logits=False
     ):
         samplers = []
         if temperature > 0:
@@ -783,7 +783,7 @@ def generate_tokens(
 
 
 def generation_settings(model, processor) -> GenerationConfig:
-    """Settings in place of the model's own, which would fill in what is left open (top_k, ...)."""
+    """Settings to replace the model's own, which would fill in what is unset (top_k, ...)."""
     tokenizer = prepared_tokenizer(processor)
     ends = model.generation_config.eos_token_id
     if ends is None:
@@ -890,7 +890,7 @@ def encode(
         reason = f"a prompt of {length} tokens leaves no room in the model's context of {context}"
         raise Transformer2Error(f"{reason}: shorten it")
     if not sees_pictures(processor):
-        inputs.pop("token_type_ids", None)  # text-only models do not take it
+        inputs.pop("token_type_ids", None)  # many text-only models do not take it
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
@@ -901,8 +901,9 @@ def apply_chat_template(processor, conversations, prefill: str) -> dict:
         print("note: no chat template, so prompts read 'User: ...'", file=sys.stderr)
         processor.chat_template = tokenizer.chat_template = FALLBACK_TEMPLATE
     start = [{"role": "assistant", "content": prefill}] if prefill else []
+    # Copies of the messages, which are changed below.
     prompts = [[dict(message) for message in [*turns, *start]] for turns in conversations]
-    for message in sum(prompts, []):  # copies, which may be changed
+    for message in sum(prompts, []):
         if sees_pictures(processor):
             message["content"] = content_parts(message["content"])
         elif not isinstance(message["content"], str):
@@ -950,8 +951,8 @@ def batches(
     config = model.config.get_text_config()
     logits_per_token = config.vocab_size if keeps_logits else 0
     groups = group_rows(lengths, completions, budget, logits_per_token, context_length(model))
-    # 3) Text: cut a group's rows out of `encoded`, without the padding they share. The tensors of
-    #    pictures have no axis of rows: encode the group again.
+    # 3) Text: `encoded` holds every row, as step 1 ran once: cut the group out, without shared
+    #    padding. The tensors of pictures have no axis of rows: encode the group again.
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
         if sees_pictures(processor):
             inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
@@ -969,7 +970,7 @@ def group_rows(
     totals = [length + new_length for length, new_length in zip(lengths, new_lengths)]
 
     def fit_together(rows: list[int]) -> bool:
-        # Each prompt counts as often as the one with most completions: its cache is copied.
+        # As if every prompt had as many completions, or copies of its cache, as the one with most.
         num_sequences = len(rows) * max(len(completions[row]) for row in rows)
         new_width = max(new_lengths[row] for row in rows)
         width = max(lengths[row] for row in rows) + new_width
@@ -1060,7 +1061,7 @@ def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextMana
         if enabled and isinstance(block, GradientCheckpointingLayer):
             changes += [(block, "gradient_checkpointing", True), (block, "training", True)]
             changes += [(block, "_gradient_checkpointing_func", run_block)]
-            # `training` turns on the block's own dropout, too: set its rates to 0.
+            # For F.dropout(x, self.dropout, self.training). Submodules are not in vars: they stay.
             changes += [(block, name, 0.0) for name in vars(block) if name.endswith("dropout")]
     if enabled and not changes:
         raise Transformer2Error("this model cannot be checkpointed: leave checkpointing off")
@@ -1110,7 +1111,7 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
         if is_linear and not is_head and pattern.search(name):
             if module.weight.element_size() > 1:  # 1 byte: a quantised layer
                 layers[name] = module
-    # Some mixtures of experts keep a matrix for each expert in one tensor of three dimensions.
+    # Mixture-of-experts models (not our experts) may keep all their matrices in one 3-D tensor.
     in_3d = [name for name, weight in model.named_parameters() if weight.dim() == 3]
     fused = [name for name in in_3d if "conv" not in name and pattern.search(name)]
     note = f"{len(fused)} fused weights of mixtures of experts cannot be adapted, like {fused[:1]}"
@@ -1144,7 +1145,7 @@ def stack_experts(expert: Experts, layers: dict[str, SVFLinear]) -> dict[str, to
     for name, layer in layers.items():
         # A mixture-of-experts layer gets tokens that a router picked from all rows.
         if len(row_experts) > 1 and ".experts." in name:
-            reason = f"layer {name} of a mixture of experts does not see the rows of a batch"
+            reason = f"mixture-of-experts layer {name} cannot tell the rows of a batch apart"
             raise Transformer2Error(f"{reason}: use one expert for all, or adapt other layers")
         ones = torch.ones_like(layer.s)
         rows = [row_expert.get(name, ones).to(ones) for row_expert in row_experts]
@@ -1297,7 +1298,7 @@ def expert_facts(path: str | Path) -> dict:
     if "transformer2" in metadata:
         return json.loads(metadata["transformer2"])["about"]
     if "sha256" in str(metadata):
-        raise ValueError("its header is damaged")  # ours, under a garbled key
+        raise ValueError("its header is damaged")  # ours, but its key is damaged
     return metadata  # a file written before formats were numbered
 
 
@@ -1322,7 +1323,7 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
             expert = {name: file.get_tensor(name) for name in file.keys()}
             header = (file.metadata() or {}).get("transformer2")
         check_values(expert)
-        if header is not None and header != expert_header(expert, facts):
+        if header not in (None, expert_header(expert, facts)):  # rebuilt from what was read
             raise ValueError("it is damaged or of a later format: its checksum does not match")
     except Exception as error:  # a damaged file raises errors of many kinds
         reason = f"cannot use the expert {path}: {error}"
@@ -1369,7 +1370,7 @@ def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
 
 
 def decompose_cached(weight: torch.Tensor, cache_dir: str | Path) -> tuple:
-    """decompose, stored in cache_dir. The name has a hash of the weight's bytes, dtype and rows."""
+    """decompose, kept in cache_dir under a hash of the weight's bytes, its dtype and its rows."""
     content = weight.detach().contiguous().cpu().view(torch.uint8).numpy()
     digest = hashlib.sha256(content).hexdigest()[:24]
     path = Path(cache_dir) / f"{digest}-{weight.dtype}-{len(weight)}.safetensors"
@@ -1394,7 +1395,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
-            process_id = leftover.suffix[1:]
+            process_id = leftover.name.removeprefix(prefix)
             if process_id.isdigit() and not is_running(int(process_id)):
                 remove(leftover)
         write(temporary)
