@@ -203,10 +203,10 @@ class Hyperparameters:
 
     steps: int = 100  # updates of z
     batch_size: int = 256  # problems in an update, with one sampled answer each, or all choices
-    lr: float = 2e-3  # AdamW's learning rate, which falls to 0 along a cosine
+    lr: float = 2e-3  # AdamW's learning rate, which falls towards 0 along a cosine
     kl_coef: float = 0.0  # λ; the paper picks 0, 0.1, 0.2 or 0.3 on validation problems
-    max_grad_norm: float = 1e-3  # of all z's together; longer gradients are cut to it
-    baseline: bool = True  # subtract the mean of the other rewards; has no use with choices
+    max_grad_norm: float = 1e-3  # of all z's together; a longer one is scaled down to it
+    baseline: bool = True  # subtract the mean of the other rewards; not with choices
     validate_every: int = 10  # steps; the best z is the result, at a tie the later one
     validation_problems: int = 128
     token_budget: int = 2048  # tokens in a micro-batch, with padding; a longer row goes alone
@@ -230,7 +230,7 @@ class StepStats:
 
     step: int = 0
     reward: float = 0.0
-    kl: float = 0.0  # estimate of KL(π_W' ‖ π_W); 0 at λ = 0, where it is not computed
+    kl: float = 0.0  # KL(π_W' ‖ π_W), estimated unless there are choices; 0 at λ = 0
     grad_norm: float = 0.0  # before clipping
     mean_length: float = 0.0  # tokens of a sampled answer
     seconds: float = 0.0
@@ -280,7 +280,7 @@ def reinforce(
             if step > 0:  # step 0 only validates the start
                 stats, answers = update(model, processor, task, train_problems, progress, hp, step)
             if step % hp.validate_every == 0 or step == hp.steps:
-                z = get_expert(model)  # as trained so far ({} with PEFT); None: the base model
+                z = get_expert(model)  # the z's so far ({} with PEFT); None would mean z = 1
                 stats.validation = evaluate(model, processor, task, held_out_problems, expert=z)
                 if stats.validation >= progress.best_score:  # at a tie the later one
                     progress.best, progress.best_score = progress.values(), stats.validation
@@ -370,7 +370,7 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
                     ref_log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W
-            # In the mean over problems: 1 / problems, times π(choice) where all choices are given.
+            # Each answer's weight in the mean: 1 / problems, times π(choice) if all are given.
             weights = torch.ones_like(log_probs) / num_problems
             if task.choices is not None:
                 weights = weights * log_probs.detach().exp()
@@ -384,7 +384,7 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
 
 
 def set_advantages(answers: list[Answer], use_baseline: bool) -> None:
-    """Sets each answer's advantage: its reward, or with a baseline leave_one_out_advantages."""
+    """Sets each answer's advantage: its reward, or leave_one_out_advantages with a baseline."""
     advantages = torch.tensor([answer.reward for answer in answers])
     if use_baseline:
         advantages = leave_one_out_advantages(advantages)
@@ -466,7 +466,7 @@ def classify(
     names = {category.strip() for category in categories}
     if not categories or "" in names or len(names) < len(categories):
         raise Transformer2Error(f"categories {categories} must be different names, one or more")
-    # Task(name, problems, conversation, reward): each conversation is a problem, and none rewarded.
+    # Task(name, problems, conversation, reward): conversations stand in for problems; no reward.
     ask = partial(category_question, categories=categories)
     task = Task("classify", None, ask, None, prefill=CATEGORY_PREFILL, choices=categories)
     chosen = likeliest_choices(model, processor, task, conversations, expert)
@@ -487,7 +487,7 @@ def two_pass(
     experts: category -> Expert, or None for the base model; "other", the base model, is added if it
     is missing. classifier: z^c of strategy B. options: passed on to generate.
     """
-    categories = list({**experts, "other": None})  # the names only: an "other" of experts is kept
+    categories = [*experts] if "other" in experts else [*experts, "other"]
     chosen = classify(model, processor, conversations, categories, expert=classifier)
     row_experts = [experts.get(category) for category in chosen]
     answers = generate(model, processor, conversations, expert=row_experts, **options)
@@ -527,8 +527,8 @@ def few_shot(
     """Strategy C: the mixture of experts that answers a few problems best, and its α.
 
     Accuracy decides, and at a tie the mean log-likelihood of the right answers. α is (K, 1), or
-    (K, blocks) if per_layer: a weight for each transformer block. No α is clipped. Raises
-    Transformer2Error without problems or experts.
+    (K, blocks) if per_layer: a weight for each transformer block. It may be below 0 or above 1.
+    Raises Transformer2Error without problems or experts.
     """
     check_seed(seed)
     if not problems or not experts:
@@ -554,7 +554,7 @@ def score_mixtures(model, processor, task, problems, experts: list[Expert], cand
     all_experts = [mixture for mixture in mixtures for _ in problems]
     answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
     accuracy = np.array([max(0.0, answer.reward) for answer in answers])
-    # The right answer's likelihood: as the only choice, which score_choices does not normalise.
+    # The right answer's likelihood: score_choices with it as the only choice, not normalised.
     solution_task = replace(task, choices=lambda p: [p.get("solution", p["answer"])])
     log_probs = score_choices(model, processor, solution_task, all_problems, expert=all_experts)
     log_likelihood = np.array([log_prob.item() for log_prob in log_probs])
@@ -615,7 +615,7 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
     # 2) The other tokens of each choice run on a copy of its prompt's cache.
     run, scored = tokens[:, :-1], tokens[:, 1:]  # running a token gives the logits of the next
     if run.shape[1] > 0:
-        cache_name = "cache" if "cache" in output else "past_key_values"  # transformers renames it
+        cache_name = "cache" if "cache" in output else "past_key_values"  # depends on the version
         output[cache_name].batch_select_indices(prompt_of)  # in place: row i is now of choice i
         # The mask covers the cached prompt, too.
         run_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
@@ -687,7 +687,7 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
         question = problem.get("question")
         raise Transformer2Error(f"task {task.name} has no choices for the problem {question!r}")
     tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
-    # What a choice continues: the plain text and the prefill, or in a chat the prefill alone.
+    # The text that a choice follows: plain prompt and prefill, or in a chat the prefill only.
     before = (prompt if isinstance(prompt, str) else "") + task.prefill
     choices = []
     for text in texts:
@@ -697,7 +697,7 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
         choices.append(Answer(tokens, text))
     # If one choice is the start of another ("math", "mathematics"), all get an end token, or the
-    # shorter would be the likelier. Plain text is scored without it, as benchmarks do.
+    # shorter would be the likelier. Plain-text prompts get none, as in benchmarks.
     needs_end = any(a != b and b.startswith(a) for a in texts for b in texts)
     if needs_end and not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
         for choice in choices:
@@ -769,7 +769,7 @@ def generate_tokens(
         if temperature > 0:
             row_seeds = [seed * 1_000_003 + numbers[row] for row in rows]
             samplers.append(RowSampler(model.device, row_seeds, temperature))
-        # A prompt with less room than that has its batch to itself: no other answer is cut.
+        # A row with less room than max_new_tokens is alone in its batch: no other is cut.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
@@ -951,8 +951,8 @@ def batches(
     config = model.config.get_text_config()
     logits_per_token = config.vocab_size if keeps_logits else 0
     groups = group_rows(lengths, completions, budget, logits_per_token, context_length(model))
-    # 3) Text: `encoded` holds every row, as step 1 ran once: cut the group out, without shared
-    #    padding. The tensors of pictures have no axis of rows: encode the group again.
+    # 3) Text: step 1 left all rows in `encoded`: cut out the group, without needless padding.
+    #    Pictures: their tensors have no axis of rows, so encode the group again.
     for rows in tqdm(groups, leave=False, delay=3, disable=None):
         if sees_pictures(processor):
             inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
@@ -970,13 +970,13 @@ def group_rows(
     totals = [length + new_length for length, new_length in zip(lengths, new_lengths)]
 
     def fit_together(rows: list[int]) -> bool:
-        # As if every prompt had as many completions, or copies of its cache, as the one with most.
+        # An upper bound: each prompt counts with the most completions (cache copies) in the group.
         num_sequences = len(rows) * max(len(completions[row]) for row in rows)
         new_width = max(new_lengths[row] for row in rows)
         width = max(lengths[row] for row in rows) + new_width
         in_budget = num_sequences * width <= budget
         logits_in_budget = num_sequences * new_width * logits_per_token <= LOGIT_BUDGET
-        # Where prompt and answer may exceed the context, the answer is cut: such a row goes alone.
+        # Generation cuts an answer that may exceed the context: such a row goes alone.
         in_context = max(totals[row] for row in rows) <= context
         return in_budget and logits_in_budget and in_context
 
@@ -1061,7 +1061,7 @@ def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextMana
         if enabled and isinstance(block, GradientCheckpointingLayer):
             changes += [(block, "gradient_checkpointing", True), (block, "training", True)]
             changes += [(block, "_gradient_checkpointing_func", run_block)]
-            # For F.dropout(x, self.dropout, self.training). Submodules are not in vars: they stay.
+            # self.training turns on F.dropout(x, self.dropout, ...); nn.Dropout stays in eval mode.
             changes += [(block, name, 0.0) for name in vars(block) if name.endswith("dropout")]
     if enabled and not changes:
         raise Transformer2Error("this model cannot be checkpointed: leave checkpointing off")
@@ -1071,7 +1071,7 @@ def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextMana
 @contextlib.contextmanager
 def changed(changes: list[tuple[object, str, object]]) -> Iterator[None]:
     """Sets attributes, given as (object, name, value), and puts the previous values back."""
-    # vars holds an object's own attributes. One that came from its class is deleted afterwards.
+    # vars holds an object's own attributes. One that was only its class's is deleted afterwards.
     before = [dict(vars(thing)) for thing, _, _ in changes]
     try:
         for thing, name, value in changes:
@@ -1111,7 +1111,7 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
         if is_linear and not is_head and pattern.search(name):
             if module.weight.element_size() > 1:  # 1 byte: a quantised layer
                 layers[name] = module
-    # Mixture-of-experts models (not our experts) may keep all their matrices in one 3-D tensor.
+    # Mixtures of experts may keep all matrices in one 3-D tensor (as convolutions do: skipped).
     in_3d = [name for name, weight in model.named_parameters() if weight.dim() == 3]
     fused = [name for name in in_3d if "conv" not in name and pattern.search(name)]
     note = f"{len(fused)} fused weights of mixtures of experts cannot be adapted, like {fused[:1]}"
@@ -1298,7 +1298,7 @@ def expert_facts(path: str | Path) -> dict:
     if "transformer2" in metadata:
         return json.loads(metadata["transformer2"])["about"]
     if "sha256" in str(metadata):
-        raise ValueError("its header is damaged")  # ours, but its key is damaged
+        raise ValueError("its header is damaged")  # our JSON, under a broken key
     return metadata  # a file written before formats were numbered
 
 
@@ -1323,7 +1323,7 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
             expert = {name: file.get_tensor(name) for name in file.keys()}
             header = (file.metadata() or {}).get("transformer2")
         check_values(expert)
-        if header not in (None, expert_header(expert, facts)):  # rebuilt from what was read
+        if header is not None and header != expert_header(expert, facts):  # made from what was read
             raise ValueError("it is damaged or of a later format: its checksum does not match")
     except Exception as error:  # a damaged file raises errors of many kinds
         reason = f"cannot use the expert {path}: {error}"
