@@ -295,8 +295,8 @@ def check_numbers(args: argparse.Namespace, positive: list[str]) -> None:
     check_seed(args.seed or 0)
     for name, value in vars(args).items():
         least = 1 if name in positive else 0
-        # The share of --layers has a check of its own.
-        if isinstance(value, int | float) and name != "layers" and value < least:
+        # The share of --layers has a check of its own. nan is not >= anything.
+        if isinstance(value, int | float) and name != "layers" and not value >= least:
             flag = f"--{name.replace('_', '-')} {value}"
             raise Transformer2Error(f"{flag} is out of range: it must be at least {least}")
 
