@@ -212,9 +212,7 @@ class Suite:
 
 
 SUITES = {"tiny": Suite(["reversal", "addition", "largest"], TINY_UNSEEN, "tiny-classify")}
-PAPER_SUITE = Suite(
-    ["gsm8k", "mbpp", "arc-easy"], ["math", "humaneval", "arc-challenge"], "classify"
-)
+REAL_SUITE = Suite(["arc-easy-scored"], ["arc-challenge-scored"], "classify")
 
 
 @dataclass
@@ -259,7 +257,7 @@ class Lab:
         self.seeds = args.seeds
         self.out = args.out
         self.settings = QUICK if args.quick else Settings()
-        self.suite = SUITES.get(args.model, PAPER_SUITE)
+        self.suite = SUITES.get(args.model, REAL_SUITE)
         self.dense_model, self.processor = train_expert.load_model(args.model)
         self.svf_models: dict[tuple, nn.Module] = {}
         self.results: Results | None = None  # of the claim that is measured
