@@ -165,7 +165,7 @@ def shown_figures(path: Path) -> set[str]:
 def test_every_number_under_here_is_in_the_results_file_that_its_table_names():
     folder = Path(__file__).parent
     text = (folder / "README.md").read_text(encoding="utf-8")
-    tables = re.findall(r"`results/(\S+)`[^|]*\n\n((?:\|.*\n)+)", text)
+    tables = re.findall(r"`results/(\S+)`[^|`]*\n\n((?:\|.*\n)+)", text)
     checked = 0
     for name, table in tables:
         header, _, *rows = [line.strip("|").split("|") for line in table.splitlines()]
