@@ -635,7 +635,11 @@ def test_arc_solutions_are_right(real_datasets):
 
 def test_the_options_of_arc_scored_are_its_texts_and_one_is_right(real_datasets):
     task = tasks.get_task("arc-challenge-scored")
-    for problem in task.problems("test"):
+    try:
+        problems = task.problems("test")
+    except Transformer2Error as error:
+        pytest.skip(str(error))
+    for problem in problems:
         options = task.choices(problem)
         assert options == [" " + text for text in problem["choices"]["text"]]
         assert sum(task.reward(option, problem) == 1.0 for option in options) >= 1
