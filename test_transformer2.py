@@ -763,12 +763,19 @@ def test_the_baseline_leaves_the_average_gradient_as_it_is():
 
 
 def choice_gradient(model: nn.Module, task: t2.Task, problems: list, hp: t2.Hyperparameters):
-    """Adds the gradient of a task with choices, and gives the step's statistics."""
+    """Adds the gradient of a task with choices, and gives the figures of the step."""
     answers = [t2.choices_of(TOKENIZER, task, problem) for problem in problems]
     for problem, choices in zip(problems, answers):
         for choice in choices:
             choice.reward = task.reward(choice.text, problem)
-    return t2.add_gradient(model, TOKENIZER, task, problems, answers, hp)
+    return gradient_stats(model, task, problems, answers, hp)
+
+
+def gradient_stats(model, task, problems, answers, hp) -> t2.StepStats:
+    """Adds the gradient of given answers, and gives the figures of the step."""
+    with t2.token_budget(model, hp.token_budget):
+        answers = t2.add_gradient(model, TOKENIZER, task, problems, answers, hp)
+    return t2.step_stats(1, task, answers, hp, rollout_seconds=1.0)
 
 
 def some_answers() -> list[t2.Answer]:
@@ -787,7 +794,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(token_budget, baselin
     task, answers = toy(is_blue, max_new_tokens=4), some_answers()
     problems = task.problems("train")[5:11]
     hp = t2.Hyperparameters(token_budget=token_budget, kl_coef=0.3, baseline=baseline)
-    stats = t2.add_gradient(model, TOKENIZER, task, problems, [[a] for a in answers], hp)
+    stats = gradient_stats(model, task, problems, [[a] for a in answers], hp)
     gradient = z_gradient(model)
 
     log_probs, ref_log_probs = [], []
@@ -821,7 +828,7 @@ def test_the_token_budget_bounds_a_micro_batch_of_answers(token_budget, monkeypa
     task = toy(is_blue)
     hp = t2.Hyperparameters(token_budget=token_budget)
     answers = [[answer] for answer in some_answers()]
-    t2.add_gradient(make_svf(), TOKENIZER, task, task.problems("train")[:6], answers, hp)
+    gradient_stats(make_svf(), task, task.problems("train")[:6], answers, hp)
     assert sum(rows for rows, _ in sizes) == 6
     assert all(tokens <= token_budget or rows == 1 for rows, tokens in sizes)
     assert len(sizes) == {10**6: 1, 60: 2, 1: 6}[token_budget]
@@ -1394,15 +1401,15 @@ def test_draws_follow_softmax_of_logits_over_temperature():
         assert draws.count(text) / n == pytest.approx(p, abs=4.5 * deviation)
 
 
-def test_draws_do_not_depend_on_how_rows_are_cut_into_batches(monkeypatch):
+def test_draws_do_not_depend_on_how_rows_are_cut_into_batches():
     model = never_ends(make())
     conversations = [say(f"What is {i} plus 2?" + " A" * i) for i in range(24)]
     how = dict(max_new_tokens=48, temperature=1.0, seed=5)
     together = t2.generate(model, TOKENIZER, conversations, **how)
     assert len(set(together)) == 24
     for budget in (1, 300):
-        monkeypatch.setattr(t2, "TOKEN_BUDGET", budget)
-        assert t2.generate(model, TOKENIZER, conversations, **how) == together
+        with t2.token_budget(model, budget):
+            assert t2.generate(model, TOKENIZER, conversations, **how) == together
 
 
 def test_equal_prompts_draw_answers_of_their_own():

@@ -25,7 +25,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -81,7 +81,7 @@ def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 class SVFLinear(nn.Module):
     """y = U diag(s * z) Vᵀ x + b, in place of a linear layer. z (r,) is all that trains.
 
-    forward never builds W', so backward makes no (m, n) gradient. x: (B, ..., in_features).
+    In training W' is never built, so backward makes no (m, n) gradient. x: (B, ..., in_features).
     """
 
     def __init__(self, linear: nn.Linear | Conv1D, cache_dir: str | Path | None = None):
@@ -95,6 +95,7 @@ class SVFLinear(nn.Module):
         self.register_buffer("Vh", Vh)  # (r, in)
         self.z = nn.Parameter(torch.ones_like(s))  # z = 1 is the base model, up to rounding
         self.active_z: torch.Tensor | None = None  # set by use_expert: (r,), or (B, r), one per row
+        self.folded_weight: torch.Tensor | None = None  # set by folded: W' (out, in), built ahead
         self.bias = linear.bias
         # Kept for merge_svf, without its weight. The list keeps torch from registering it.
         linear.weight = None
@@ -113,6 +114,8 @@ class SVFLinear(nn.Module):
         return ((self.U.float() * (self.s * z)) @ self.Vh.float()).to(self.U.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.folded_weight is not None:
+            return F.linear(x, self.folded_weight, self.bias)
         scale = self.s * self.current_z()  # float32: bfloat16 would round small steps of z away
         if scale.dim() == 2:
             scale = spread_over_rows(scale, x)
@@ -209,7 +212,7 @@ class Hyperparameters:
     baseline: bool = True  # subtract the mean of the other rewards; not with choices
     validate_every: int = 10  # steps; the best z is the result, at a tie the later one
     validation_problems: int = 128
-    token_budget: int = 2048  # tokens in a micro-batch, with padding; a longer row goes alone
+    token_budget: int | None = None  # most tokens in a batch; None: BATCH_TOKENS, or what fits
     checkpointing: bool = False  # less memory for activations, a third more time
     seed: int = 0  # decides which problems and answers are drawn
 
@@ -220,27 +223,46 @@ class Answer:
 
     tokens: list[int]
     text: str
+    cut_off: bool = False  # it ended at the token limit
+    problem: dict | None = None
     reward: float = 0.0
     advantage: float = 0.0  # the reward, minus the baseline if there is one
+    # Set by add_gradient:
+    weight: float = 0.0  # its part in a mean over the batch
+    log_prob: float = 0.0  # log π_W'(ŷ|x)
+    ref_log_prob: float = 0.0  # log π_W(ŷ|x)
 
 
 @dataclass
 class StepStats:
-    """The statistics of one training step. Reward and KL are means over its problems."""
+    """The figures of a training step. What was not measured is None; step 0 only validates."""
 
     step: int = 0
-    reward: float = 0.0
-    kl: float = 0.0  # KL(π_W' ‖ π_W), estimated unless there are choices; 0 at λ = 0
-    grad_norm: float = 0.0  # before clipping
-    mean_length: float = 0.0  # tokens of a sampled answer
-    seconds: float = 0.0
+    reward: float | None = None  # the mean over the problems
+    reward_deviation: float | None = None  # standard deviation; 0: nothing can be learned
+    kl: float | None = None  # KL(π_W' ‖ π_W), estimated unless there are choices
+    kl_coef: float | None = None  # λ
+    grad_norm: float | None = None  # before clipping
+    skipped: bool = False  # gradient or loss was not finite: the step changed nothing
+    lr: float | None = None
+    mean_length: float | None = None  # tokens of a sampled answer
+    cut_off: float | None = None  # share of the sampled answers that ended at the token limit
+    tokens_per_second: float | None = None  # of sampling
+    seconds: float | None = None
+    seconds_left: float | None = None  # in the rest of the run, at the speed so far
     validation: float | None = None  # accuracy, in the steps that measure it
 
     def __str__(self) -> str:
         line = f"step {self.step:3}"
-        if self.step > 0:  # step 0 only validates the start
-            line += f"  reward {self.reward:+.3f}  KL {self.kl:.4f}"
-            line += f"  gradient {self.grad_norm:.2e}  {self.seconds:.1f} s"
+        if self.step > 0:
+            line += f"  reward {self.reward:+.3f}  gradient {self.grad_norm:.2e}"
+        if self.kl is not None:
+            line += f"  KL {self.kl:.4f}"
+        if self.cut_off is not None:
+            line += f"  length {self.mean_length:.0f}, {self.cut_off:.0%} cut off"
+        if self.step > 0:
+            minutes, seconds = divmod(round(self.seconds_left), 60)
+            line += f"  {self.seconds:.1f} s, {minutes}:{seconds:02} left"
         if self.validation is not None:
             line += f"  validation {self.validation:.1%}"
         return line
@@ -260,9 +282,10 @@ def reinforce(
     Trains whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns the values
     with the best validation accuracy, and puts the starting values back. hyperparameters: fields of
     Hyperparameters. checkpoint: a file for the progress after each step; if it exists, the run goes
-    on from there. on_step: gets the statistics and the sampled answers of each step (no answers in
-    step 0 or for a task with choices). Raises Transformer2Error for no problems, nothing that
-    requires gradients, a KL without a base model, a checkpoint that is damaged or of another run.
+    on from there. on_step: gets the figures and the answers of each step (none in step 0; of
+    choices the likeliest), before they are in the checkpoint. Raises Transformer2Error for no
+    problems, nothing that requires gradients, a KL without a base model, a checkpoint that is
+    damaged or of another run.
     """
     hp = Hyperparameters(**hyperparameters)
     check_seed(hp.seed)
@@ -274,8 +297,9 @@ def reinforce(
     progress = Progress(model, task, hp)
     if checkpoint is not None and Path(checkpoint).exists():
         progress.load(checkpoint)
-    try:
-        for step in range(progress.next_step, hp.steps + 1):
+    start_time, first_step = time.time(), progress.next_step
+    with token_budget(model, hp.token_budget), progress.start_put_back():
+        for step in range(first_step, hp.steps + 1):
             stats, answers = StepStats(), []
             if step > 0:  # step 0 only validates the start
                 stats, answers = update(model, processor, task, train_problems, progress, hp, step)
@@ -284,15 +308,14 @@ def reinforce(
                 stats.validation = evaluate(model, processor, task, held_out_problems, expert=z)
                 if stats.validation >= progress.best_score:  # at a tie the later one
                     progress.best, progress.best_score = progress.values(), stats.validation
+            seconds_a_step = (time.time() - start_time) / (step + 1 - first_step)
+            stats.seconds_left = seconds_a_step * (hp.steps - step)
             tqdm.write(str(stats))
+            if on_step is not None:
+                on_step(stats, answers)
             progress.next_step = step + 1
             if checkpoint is not None and process_rank() == 0:
                 progress.save(checkpoint)
-            if on_step is not None:
-                on_step(stats, answers)
-    finally:
-        progress.set_values(progress.start)
-        progress.optimizer.zero_grad()
     return progress.best
 
 
@@ -301,10 +324,8 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
     start_time = time.time()
     # 1) Draw problems. Seed and step alone decide, so that a run can be resumed.
     seed = hp.seed * 100_003 + step
-    order = torch.randperm(len(train_problems), generator=torch.Generator().manual_seed(seed))
-    problems = [train_problems[i] for i in order[: hp.batch_size]]
+    problems = draw_problems(train_problems, hp.batch_size, seed)
     # 2) Answer each of them: answers[i] holds one sample for problem i, or all its choices.
-    sampled = []
     if task.choices is None:
         z = get_expert(model)  # as trained so far
         sampled = rollout(model, processor, task, problems, z, temperature=1.0, seed=seed)
@@ -314,19 +335,36 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
         for problem, choices in zip(problems, answers):
             for choice in choices:
                 choice.reward = float(task.reward(choice.text, problem))
+    rollout_seconds = time.time() - start_time
     # 3) Add the gradient of -J to z.grad.
-    stats = add_gradient(model, processor, task, problems, answers, hp)
-    parameters = list(progress.parameters.values())
-    sum_over_processes(parameters, stats)
+    answers = add_gradient(model, processor, task, problems, answers, hp)
+    sum_gradients(progress.parameters.values())
     # 4) A step of AdamW, with a clipped gradient and a learning rate that falls along a cosine.
+    stats = step_stats(step, task, answers, hp, rollout_seconds)
+    descend(progress, stats, hp)
+    stats.seconds = time.time() - start_time
+    likeliest = [max(choices, key=lambda answer: answer.log_prob) for choices in answers]
+    for problem, answer in zip(problems, likeliest):
+        answer.problem = problem
+    return stats, likeliest
+
+
+def draw_problems(problems: list[dict], count: int, seed: int) -> list[dict]:
+    """Some of the problems, each at most once, in random order."""
+    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed))
+    return [problems[i] for i in order[:count]]
+
+
+def descend(progress, stats: StepStats, hp: Hyperparameters) -> None:
+    """A step of AdamW along the gradient; none if that is not finite. Completes the figures."""
+    parameters = progress.parameters.values()
     stats.grad_norm = nn.utils.clip_grad_norm_(parameters, hp.max_grad_norm).item()
-    cosine = math.cos(math.pi * (step - 1) / hp.steps)
-    progress.optimizer.param_groups[0]["lr"] = hp.lr * (1 + cosine) / 2
-    progress.optimizer.step()
+    stats.lr = hp.lr * (1 + math.cos(math.pi * (stats.step - 1) / hp.steps)) / 2
+    stats.skipped = not math.isfinite(stats.grad_norm)
+    if not stats.skipped:
+        progress.optimizer.param_groups[0]["lr"] = stats.lr
+        progress.optimizer.step()
     progress.optimizer.zero_grad()
-    stats.step, stats.seconds = step, time.time() - start_time
-    stats.mean_length = sum(len(answer.tokens) for answer in sampled) / max(1, len(sampled))
-    return stats, sampled
 
 
 def rollout(model, processor, task, problems, expert, temperature, seed) -> list[Answer]:
@@ -341,6 +379,9 @@ def rollout(model, processor, task, problems, expert, temperature, seed) -> list
         completions = generate_tokens(model, processor, prompts, expert, numbers, *sampling)
         texts = prepared_tokenizer(processor).batch_decode(completions, skip_special_tokens=True)
         answers = [Answer(tokens, text) for tokens, text in zip(completions, texts)]
+        ends = generation_settings(model, processor).eos_token_id or []
+        for answer in answers:
+            answer.cut_off = answer.tokens[-1] not in ends
     else:
         answers = likeliest_choices(model, processor, task, problems, expert)
     for answer, problem in zip(answers, problems):
@@ -348,11 +389,12 @@ def rollout(model, processor, task, problems, expert, temperature, seed) -> list
     return gather_shares(answers)
 
 
-def add_gradient(model, processor, task, problems, answers: list[list[Answer]], hp) -> StepStats:
+def add_gradient(model, processor, task, problems, answers: list[list[Answer]], hp) -> list:
     """Adds the gradient of -J (eq. 1) to z.grad, from the answers to each problem.
 
     One sampled answer estimates the expectation in ∇J. Where a task has choices, all of them are
-    given and weighted with their probability, so that the expectation is exact.
+    given and weighted with their probability, so that the expectation is exact. Returns the answers
+    with their log-probabilities and weights.
     """
     use_baseline = hp.baseline and task.choices is None
     set_advantages([answer for group in answers for answer in group], use_baseline)
@@ -361,9 +403,11 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     problems, answers = my_share(problems), my_share(answers)
     prompts = [task.conversation(problem) for problem in problems]
     tokens = [[answer.tokens for answer in group] for group in answers]
-    stats = StepStats()
-    for rows, inputs in batches(model, processor, prompts, task.prefill, tokens, hp.token_budget):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def add_batch_gradient(rows: list[int], inputs: dict) -> list[list[Answer]]:
         completions = [tokens[row] for row in rows]
+        batch = [answer for row in rows for answer in answers[row]]  # N answers
         with checkpointing(model, hp.checkpointing):
             log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W'(ŷ|x), (N,)
             ref_log_probs = log_probs.detach()  # a stand-in at λ = 0, where π_W does not run
@@ -374,12 +418,41 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
             weights = torch.ones_like(log_probs) / num_problems
             if task.choices is not None:
                 weights = weights * log_probs.detach().exp()
-            batch = [answer for row in rows for answer in answers[row]]  # N answers
             advantages = log_probs.new_tensor([answer.advantage for answer in batch])
-            reinforce_loss(log_probs, ref_log_probs, advantages, hp.kl_coef, weights).backward()
-        rewards = log_probs.new_tensor([answer.reward for answer in batch])
-        stats.reward += (weights * rewards).sum().item()
-        stats.kl += (weights * (log_probs.detach() - ref_log_probs)).sum().item()
+            loss = reinforce_loss(log_probs, ref_log_probs, advantages, hp.kl_coef, weights)
+            if not loss.isfinite():  # then the gradient is nan, and the step is left out
+                loss = loss * math.nan
+            # All or nothing: backward() would leave a part in z.grad if memory ran out halfway.
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        for parameter, gradient in zip(parameters, gradients):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad += gradient
+        for i, answer in enumerate(batch):
+            answer.weight, answer.log_prob = weights[i].item(), log_probs[i].item()
+            answer.ref_log_prob = ref_log_probs[i].item()
+        return [answers[row] for row in rows]
+
+    groups = run_in_batches(
+        model, processor, prompts, task.prefill, tokens, "gradient", add_batch_gradient
+    )
+    return gather_shares(groups)
+
+
+def step_stats(step, task, answers: list[list[Answer]], hp, rollout_seconds: float) -> StepStats:
+    """The figures of a step that its answers tell."""
+    stats = StepStats(step, kl_coef=hp.kl_coef)
+    batch = [answer for group in answers for answer in group]
+    stats.reward = sum(answer.weight * answer.reward for answer in batch)
+    squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in batch)
+    stats.reward_deviation = math.sqrt(squares)
+    if hp.kl_coef > 0:
+        stats.kl = sum(a.weight * (a.log_prob - a.ref_log_prob) for a in batch)
+    if task.choices is None:
+        num_tokens = sum(len(answer.tokens) for answer in batch)
+        stats.mean_length = num_tokens / len(batch)
+        stats.cut_off = sum(answer.cut_off for answer in batch) / len(batch)
+        stats.tokens_per_second = num_tokens / rollout_seconds
     return stats
 
 
@@ -658,13 +731,12 @@ def score_choices(
     prompts = [task.conversation(problem) for problem in problems]
     choices = [choices_of(processor, task, problem) for problem in problems]
     tokens = [[choice.tokens for choice in group] for group in choices]
-    scores = {}
-    budget = TOKEN_BUDGET // 4  # repeated caches are slow in larger batches
-    for rows, inputs in batches(model, processor, prompts, task.prefill, tokens, budget):
+
+    def score_batch(rows: list[int], inputs: dict) -> list[torch.Tensor]:
         with use_expert(model, select_experts(expert, rows)):
-            batch_scores = choice_log_probs(model, inputs, [tokens[row] for row in rows])
-        scores.update(zip(rows, batch_scores))
-    return [scores[row] for row in range(len(problems))]
+            return choice_log_probs(model, inputs, [tokens[row] for row in rows])
+
+    return run_in_batches(model, processor, prompts, task.prefill, tokens, "choices", score_batch)
 
 
 def likeliest_choices(model, processor, task, problems, expert: Experts) -> list[Answer]:
@@ -760,11 +832,9 @@ def generate_tokens(
     settings = generation_settings(model, processor)
     ends = settings.eos_token_id or []
     causal_lm = without_peft(model)
-    longest = [[range(max_new_tokens)]] * len(conversations)  # stand-ins: only their len is read
-    completions = {}
-    for rows, inputs in batches(
-        model, processor, conversations, prefill, longest, TOKEN_BUDGET, keeps_logits=False
-    ):
+
+    def generate_batch(rows: list[int], inputs: dict) -> list[list[int]]:
+        prompt_length = inputs["input_ids"].shape[1]
         samplers = []
         if temperature > 0:
             row_seeds = [seed * 1_000_003 + numbers[row] for row in rows]
@@ -773,13 +843,19 @@ def generate_tokens(
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
-        with use_expert(model, select_experts(expert, rows)), our_settings:
+        fold = folding_pays(model, expert, temperature, inputs, settings.max_new_tokens)
+        with use_expert(model, select_experts(expert, rows)), folded(model, fold), our_settings:
             sequences = causal_lm.generate(**inputs, logits_processor=samplers)  # (B, P + T)
-        prompt_length = inputs["input_ids"].shape[1]
-        for row, tokens in zip(rows, sequences[:, prompt_length:].tolist()):
+        completions = []
+        for tokens in sequences[:, prompt_length:].tolist():
             stops = [t + 1 for t, token in enumerate(tokens) if token in ends]
-            completions[row] = tokens[: stops[0]] if stops else tokens
-    return [completions[row] for row in range(len(conversations))]
+            completions.append(tokens[: stops[0]] if stops else tokens)
+        return completions
+
+    longest = [[range(max_new_tokens)]] * len(conversations)  # stand-ins: only their len is read
+    return run_in_batches(
+        model, processor, conversations, prefill, longest, "generation", generate_batch
+    )
 
 
 def generation_settings(model, processor) -> GenerationConfig:
@@ -819,6 +895,30 @@ class RowSampler(LogitsProcessor):
         return scores.float() / self.temperature - noise.log()
 
 
+def folding_pays(model, expert: Experts, temperature: float, inputs: dict, new_tokens: int) -> bool:
+    """True if generate should build W' instead of running the factors. That takes as long as it
+    saves in some 60 tokens.
+
+    The dense weights have to fit beside the key-value cache. In bfloat16 W' is rounded, which moves
+    log-probabilities; there an answer that is sampled comes from the factors, which are trained.
+    """
+    rows, prompt_length = inputs["input_ids"].shape
+    layers = svf_layers(model).values()
+    dense_size = sum(layer.out_features * layer.in_features for layer in layers)
+    memory = dense_size * model.dtype.itemsize
+    memory += rows * (prompt_length + new_tokens) * cache_bytes(model)
+    exact = temperature == 0 or model.dtype == torch.float32
+    return (
+        not isinstance(expert, list) and exact and new_tokens >= 64 and memory <= free_memory(model)
+    )
+
+
+def folded(model, enabled: bool) -> contextlib.AbstractContextManager:
+    """In this `with` block the layers run with W' built for the expert in use."""
+    layers = svf_layers(model).values() if enabled else []
+    return changed([(layer, "folded_weight", layer.weight) for layer in layers])
+
+
 def check_seed(seed: int) -> None:
     """Raises Transformer2Error for a seed that is negative or over 2^31."""
     if not 0 <= seed <= 2**31:
@@ -839,7 +939,8 @@ FALLBACK_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-TOKEN_BUDGET = 16384  # tokens of a batch where no gradient is taken, padding included
+# Tokens of a batch at most, padding included. On a GPU generation takes as many as fit its memory.
+BATCH_TOKENS = {"generation": 16384, "choices": 4096, "gradient": 2048}
 LOGIT_BUDGET = 2**28  # logits of a batch: 1 GiB in float32
 
 
@@ -932,13 +1033,14 @@ def content_parts(content: str | list[dict]) -> list[dict]:
     return parts
 
 
-def batches(
-    model, processor, conversations, prefill, completions: list, budget: int, keeps_logits=True
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yields (row numbers, encoded prompts) of batches of at most `budget` tokens with padding.
+def run_in_batches(
+    model, processor, conversations, prefill, completions: list, kind: str, compute: Callable
+) -> list:
+    """compute(row numbers, encoded prompts), batch by batch: its results for each conversation.
 
-    A longer row goes alone. completions: for each prompt, the token lists that may follow it: one
-    answer, or all its choices. keeps_logits: bound the completions' logits by LOGIT_BUDGET, too.
+    completions: for each prompt, the token lists that may follow it: one answer, or all its
+    choices. kind: a key of BATCH_TOKENS. A batch that the device has no memory for is cut in half,
+    and later ones are no larger. Raises Transformer2Error for a row that does not fit alone.
     """
     # 1) Encode the prompts: text all at once; pictures, which are large, 256 at a time and only
     #    for their lengths.
@@ -948,45 +1050,114 @@ def batches(
         encoded = encode(model, processor, conversations[start : start + at_once], prefill)
         lengths += encoded["attention_mask"].sum(1).tolist()
     # 2) Group them.
-    config = model.config.get_text_config()
-    logits_per_token = config.vocab_size if keeps_logits else 0
-    groups = group_rows(lengths, completions, budget, logits_per_token, context_length(model))
-    # 3) Text: step 1 left all rows in `encoded`: cut out the group, without needless padding.
-    #    Pictures: their tensors have no axis of rows, so encode the group again.
-    for rows in tqdm(groups, leave=False, delay=3, disable=None):
-        if sees_pictures(processor):
-            inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
-        else:
-            longest = max(lengths[row] for row in rows)
-            inputs = {name: tensor[rows, -longest:] for name, tensor in encoded.items()}
-        yield rows, inputs
+    waiting = group_rows(model, kind, range(len(conversations)), lengths, completions)
+    results = {}
+    with tqdm(total=len(conversations), leave=False, delay=3, disable=None) as bar:
+        while waiting:
+            rows = waiting[0]
+            # 3) Text: step 1 left all rows in `encoded`: cut out the group, without needless
+            #    padding. Pictures: their tensors have no axis of rows, so encode the group again.
+            if sees_pictures(processor):
+                inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
+            else:
+                longest = max(lengths[row] for row in rows)
+                inputs = {name: tensor[rows, -longest:] for name, tensor in encoded.items()}
+            # 4) Run it. If the memory is too small, all rows without results get smaller groups.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                results.update(zip(rows, compute(rows, inputs)))
+            if rows[0] in results:
+                waiting.pop(0)
+                bar.update(len(rows))
+            else:
+                tokens, _ = count_tokens(rows, lengths, completions)
+                halve_batches(model, kind, len(rows), tokens)
+                rows_left = [row for group in waiting for row in group]
+                waiting = group_rows(model, kind, rows_left, lengths, completions)
+    return [results[row] for row in range(len(conversations))]
 
 
-def group_rows(
-    lengths: list[int], completions: list, budget: int, logits_per_token: int, context: int
-) -> list[list[int]]:
-    """Numbers of rows of similar length, in groups for `batches`, the longest first."""
-    new_lengths = [max(len(completion) for completion in group) for group in completions]
-    totals = [length + new_length for length, new_length in zip(lengths, new_lengths)]
+def group_rows(model, kind: str, rows, lengths: list[int], completions: list) -> list[list[int]]:
+    """Rows of similar length in groups for run_in_batches, the longest first."""
+    limit, context = most_tokens(model, kind), context_length(model)
+    vocabulary = model.config.get_text_config().vocab_size
+    logits_per_token = 0 if kind == "generation" else vocabulary  # generation keeps no logits
+
+    def total_length(row: int) -> int:
+        return lengths[row] + max(len(completion) for completion in completions[row])
 
     def fit_together(rows: list[int]) -> bool:
-        # An upper bound: each prompt counts with the most completions (cache copies) in the group.
-        num_sequences = len(rows) * max(len(completions[row]) for row in rows)
-        new_width = max(new_lengths[row] for row in rows)
-        width = max(lengths[row] for row in rows) + new_width
-        in_budget = num_sequences * width <= budget
-        logits_in_budget = num_sequences * new_width * logits_per_token <= LOGIT_BUDGET
+        tokens, new_tokens = count_tokens(rows, lengths, completions)
         # Generation cuts an answer that may exceed the context: such a row goes alone.
-        in_context = max(totals[row] for row in rows) <= context
-        return in_budget and logits_in_budget and in_context
+        in_context = total_length(rows[0]) <= context
+        return in_context and tokens <= limit and new_tokens * logits_per_token <= LOGIT_BUDGET
 
     groups = []
-    for row in sorted(range(len(totals)), key=lambda row: totals[row], reverse=True):
+    for row in sorted(rows, key=total_length, reverse=True):
         if groups and fit_together([*groups[-1], row]):
             groups[-1].append(row)
         else:
             groups.append([row])
     return groups
+
+
+def count_tokens(rows: list[int], lengths: list[int], completions: list) -> tuple[int, int]:
+    """Tokens of a batch with padding: all of them, and those of the completions.
+
+    An upper bound: each prompt counts with the most completions (cache copies) of the rows.
+    """
+    sequences = len(rows) * max(len(completions[row]) for row in rows)
+    prompt_length = max(lengths[row] for row in rows)
+    new_length = max(len(completion) for row in rows for completion in completions[row])
+    return sequences * (prompt_length + new_length), sequences * new_length
+
+
+def most_tokens(model, kind: str) -> float:
+    """How many tokens a batch may have, padding included. kind: a key of BATCH_TOKENS."""
+    limit = BATCH_TOKENS[kind]
+    if kind == "generation" and model.device.type == "cuda":
+        limit = free_memory(model) / cache_bytes(model)
+    budget = vars(model).get("token_budget") or math.inf  # set by token_budget
+    fitted = vars(model).get("fitting_tokens", {}).get(kind, math.inf)  # set by halve_batches
+    return min(limit, budget, fitted)
+
+
+def halve_batches(model, kind: str, num_rows: int, tokens: int) -> None:
+    """Bounds later batches by half the size of one that the memory was too small for.
+
+    Raises Transformer2Error if that was a single row.
+    """
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    if num_rows == 1:
+        reason = f"the memory is too small for a single row of {tokens} tokens"
+        way_out = "shorten prompts or answers, use checkpointing, or take a smaller model"
+        raise Transformer2Error(f"{reason}: {way_out}")
+    fitting_tokens = vars(model).setdefault("fitting_tokens", {})
+    if not fitting_tokens:  # said once
+        note = f"the memory is too small for {tokens} tokens in a batch, going on with half of them"
+        print(f"note: {note}; a token budget of {tokens // 2} avoids this", file=sys.stderr)
+    fitting_tokens[kind] = tokens // 2
+
+
+def token_budget(model, tokens: int | None) -> contextlib.AbstractContextManager:
+    """In this `with` block no batch has more tokens, padding included; a longer row goes alone."""
+    return changed([(model, "token_budget", tokens)])
+
+
+def free_memory(model) -> float:
+    """Bytes that a GPU can still give, less a tenth. A CPU has no such bound: it ends a process."""
+    if model.device.type != "cuda":
+        return math.inf
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return 0.9 * (torch.cuda.mem_get_info()[0] + unused)
+
+
+def cache_bytes(model) -> int:
+    """Bytes of a token in the key-value cache, at most."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * kv_heads * head_size * model.dtype.itemsize
 
 
 def pad_right(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1209,6 +1380,15 @@ class Progress:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 
+    @contextlib.contextmanager
+    def start_put_back(self) -> Iterator[None]:
+        """Puts the starting values back at the end of the `with` block, whatever happens in it."""
+        try:
+            yield
+        finally:
+            self.set_values(self.start)
+            self.optimizer.zero_grad()
+
     def save(self, path: str | Path) -> None:
         state = {"settings": self.settings, "next_step": self.next_step, "values": self.values()}
         state |= {"best": self.best, "best_score": self.best_score}
@@ -1255,17 +1435,14 @@ def gather_shares(values: list) -> list:
     return [shares[i % n][i // n] for i in range(sum(len(share) for share in shares))]
 
 
-def sum_over_processes(parameters: list[nn.Parameter], stats: StepStats) -> None:
-    """Adds up the gradients, rewards and KL of all processes, in place."""
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Adds up the gradients of all processes, in place."""
     if not distributed.is_initialized():
         return
     for parameter in parameters:
         if parameter.grad is None:  # this process's share was empty
             parameter.grad = torch.zeros_like(parameter)
         distributed.all_reduce(parameter.grad)
-    sums = torch.tensor([stats.reward, stats.kl], device=parameters[0].device)
-    distributed.all_reduce(sums)
-    stats.reward, stats.kl = sums.tolist()
 
 
 # ---- Files ---------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ of the built-in tiny one. A Lab trains experts once, a Results file holds the fi
 import argparse
 import copy
 import json
-import math
 import random
 import sys
 from collections.abc import Callable
@@ -87,16 +86,11 @@ def next_token(
     train_problems = task.problems("train")
     held_out_problems = task.problems("validation")[: hp.validation_problems]
     progress = t2.Progress(model, task, hp)
-    parameters = list(progress.parameters.values())
     for step in range(hp.steps + 1):
         if step > 0:  # step 0 only validates the start
-            problems = draw_problems(train_problems, hp, step)
-            add_next_token_gradient(model, processor, task, problems, hp)
-            nn.utils.clip_grad_norm_(parameters, hp.max_grad_norm)
-            cosine = math.cos(math.pi * (step - 1) / hp.steps)
-            progress.optimizer.param_groups[0]["lr"] = hp.lr * (1 + cosine) / 2
-            progress.optimizer.step()
-            progress.optimizer.zero_grad()
+            problems = t2.draw_problems(train_problems, hp.batch_size, hp.seed * 100_003 + step)
+            add_next_token_gradient(model, processor, task, problems)
+            t2.descend(progress, t2.StepStats(step), hp)
         if step % hp.validate_every == 0 or step == hp.steps:
             z = t2.get_expert(model)  # None would be the base model
             score = t2.evaluate(model, processor, task, held_out_problems, expert=z)
@@ -107,23 +101,20 @@ def next_token(
     return progress.best
 
 
-def draw_problems(problems: list[dict], hp: t2.Hyperparameters, step: int) -> list[dict]:
-    """The problems that t2.reinforce draws in this step."""
-    generator = torch.Generator().manual_seed(hp.seed * 100_003 + step)
-    order = torch.randperm(len(problems), generator=generator)
-    return [problems[i] for i in order[: hp.batch_size]]
-
-
-def add_next_token_gradient(model, processor, task, problems: list[dict], hp) -> None:
+def add_next_token_gradient(model, processor, task, problems: list[dict]) -> None:
     """Adds the gradient of the mean cross-entropy of a token of the solutions."""
     prompts = [task.conversation(problem) for problem in problems]
     solutions = [solution_tokens(processor, task, problem) for problem in problems]
     num_tokens = sum(len(tokens) for tokens in solutions)
     own = [[tokens] for tokens in solutions]  # one for each prompt
-    for rows, inputs in t2.batches(model, processor, prompts, task.prefill, own, hp.token_budget):
+
+    def add_batch_gradient(rows: list[int], inputs: dict) -> list[None]:
         log_probs = t2.completion_log_probs(model, inputs, [solutions[row] for row in rows])
         loss = -log_probs.sum() / num_tokens
         loss.backward()
+        return [None] * len(rows)
+
+    t2.run_in_batches(model, processor, prompts, task.prefill, own, "gradient", add_batch_gradient)
 
 
 def solution_tokens(processor: t2.Processor, task: t2.Task, problem: dict) -> list[int]:

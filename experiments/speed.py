@@ -339,14 +339,17 @@ def measure_options(bench: Benchmark) -> None:
         choices = t2.choices_of(bench.processor, task, problem)
         all_choices.append([choice.tokens for choice in choices])
     prompts = [conversation(problem) for problem in problems]
-    budget = t2.Hyperparameters.token_budget
 
     def step(score: Callable) -> None:  # what add_gradient does at λ = 0
-        for rows, inputs in t2.batches(model, bench.processor, prompts, "", all_choices, budget):
+        def add_batch_gradient(rows: list[int], inputs: dict) -> list[None]:
             scores = score(model, inputs, [all_choices[row] for row in rows])
             log_pi = torch.cat([own_scores.log_softmax(0) for own_scores in scores])
             probs, advantages = log_pi.detach().exp(), rewards.repeat(len(rows))
             t2.reinforce_loss(log_pi, log_pi, advantages, 0.0, weights=probs).backward()
+            return [None] * len(rows)
+
+        settings = (prompts, "", all_choices, "gradient", add_batch_gradient)
+        t2.run_in_batches(model, bench.processor, *settings)
 
     ways = {
         "whole sequences": lambda: step(t2.whole_choice_log_probs),

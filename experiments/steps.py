@@ -84,7 +84,12 @@ def our_step(
     """A way to do the training step: transformer2's own."""
     hp = t2.Hyperparameters(**hyperparameters)
     answers = [[answer] for answer in rows.answers]
-    return lambda: t2.add_gradient(model, processor, TASK, rows.problems, answers, hp)
+
+    def step() -> None:
+        with t2.token_budget(model, hp.token_budget):
+            t2.add_gradient(model, processor, TASK, rows.problems, answers, hp)
+
+    return step
 
 
 def our_step_in_one_piece(model: nn.Module, rows: Rows) -> Way:
