@@ -1113,9 +1113,9 @@ def count_tokens(rows: list[int], lengths: list[int], completions: list) -> tupl
 
 def most_tokens(model, kind: str) -> float:
     """How many tokens a batch may have, padding included. kind: a key of BATCH_TOKENS."""
-    limit = BATCH_TOKENS[kind]
-    if kind == "generation" and model.device.type == "cuda":
-        limit = free_memory(model) / cache_bytes(model)
+    limit, memory = BATCH_TOKENS[kind], free_memory(model)
+    if kind == "generation" and memory < math.inf:
+        limit = memory / cache_bytes(model)
     budget = vars(model).get("token_budget") or math.inf  # set by token_budget
     fitted = vars(model).get("fitting_tokens", {}).get(kind, math.inf)  # set by halve_batches
     return min(limit, budget, fitted)
