@@ -308,7 +308,7 @@ CLASSIFY_SOURCES = [  # the source of questions, their column, and their categor
     (Source("google-research-datasets/mbpp", "full"), "text", "code"),
     (Source("allenai/ai2_arc", "ARC-Easy"), "question", "reasoning"),
 ]
-CLASSIFY_SIZES = {"train": 60, "validation": 16, "test": 60}  # questions of each source
+CLASSIFY_SIZES = {"train": 180, "validation": 16, "test": 60}  # questions of each source
 
 
 def real_classify() -> Task:
@@ -316,7 +316,8 @@ def real_classify() -> Task:
 
     def problems(split: str) -> list[dict]:
         sources = [load_questions(*source, split) for source in CLASSIFY_SOURCES]
-        return in_turn([*sources, other_prompts(split)])
+        copies = 2 if split == "train" else 1  # of the other prompts, which are few
+        return in_turn([*sources, other_prompts(split) * copies])
 
     return classify_task(
         "classify", problems, CATEGORIES, steps=20, batch_size=40, lr=4e-3, validate_every=5
@@ -326,8 +327,7 @@ def real_classify() -> Task:
 def load_questions(source: Source, column: str, category: str, split: str) -> list[dict]:
     """The questions in a column of a source, as problems whose answer is their category.
 
-    Questions with options come twice, with them and without: "Which is a metal?" is harder to tell
-    from small talk where its options are not shown.
+    Questions with options come twice, also without them, where they look more like small talk.
     """
 
     def prepare(row: dict) -> dict:
