@@ -30,7 +30,6 @@ from tasks.tiny import tiny_tokenizer
 
 PROMPT_LENGTH = 200  # tokens
 COMPARED_ROWS, COMPARED_TOKENS = 64, 64  # where ways to generate are compared
-STEP_ROWS, STEP_TOKENS = 256, 512  # of a training step: the defaults of --batch-size and gsm8k
 TOKENIZER = tiny_tokenizer(["0123456789"])
 
 
@@ -38,13 +37,18 @@ def main() -> None:
     args = read_arguments()
     if not torch.cuda.is_available():
         raise t2.Transformer2Error("this machine has no GPU: there is nothing to measure")
+    if args.gib:
+        total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(args.gib / total_gib)
     rows = []
     for name in args.only or SHAPES:
         print(f"\n{name}", flush=True)
         rows.append({"model": name, **measure_generation(SHAPES[name])})
-        rows[-1] |= measure_step(SHAPES[name], args.step_tokens)
+        rows[-1] |= measure_step(SHAPES[name], args.step_rows, args.step_tokens)
         if args.json:  # after each model, so that nothing is lost
-            content = {"about": about_this_run(), "rows": rows}
+            about = {**about_this_run(), "step_rows": args.step_rows}
+            about |= {"step_tokens": args.step_tokens, "gib": args.gib}
+            content = {"about": about, "rows": rows}
             write_text(json.dumps(content, indent=1) + "\n", args.json)
 
 
@@ -53,7 +57,9 @@ def read_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=SHAPES, help="shapes; default: all")
-    parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS, help="of a step's answers")
+    parser.add_argument("--step-rows", type=int, default=256, help="problems of a training step")
+    parser.add_argument("--step-tokens", type=int, default=512, help="of each of its answers")
+    parser.add_argument("--gib", type=float, help="use only so much memory, as of a smaller card")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     return parser.parse_args()
 
@@ -137,17 +143,17 @@ def measure_generation(config: LlamaConfig) -> dict[str, float]:
     return figures
 
 
-def measure_step(config: LlamaConfig, step_tokens: int) -> dict[str, float]:
+def measure_step(config: LlamaConfig, rows: int, new_tokens: int) -> dict[str, float]:
     """Time and peak memory of the three parts of a training step."""
     gc.collect()
     torch.cuda.empty_cache()
     model = random_model(config, factored=True)
-    problems = [{"question": text} for text in prompts(STEP_ROWS)]
+    problems = [{"question": text} for text in prompts(rows)]
 
     def reward(text: str, problem: dict) -> float:
         return 1.0 if len(text) % 2 else -1.0
 
-    task = t2.Task("numbers", list, lambda p: p["question"], reward, max_new_tokens=step_tokens)
+    task = t2.Task("numbers", list, lambda p: p["question"], reward, max_new_tokens=new_tokens)
     hp = t2.Hyperparameters(kl_coef=0.1, lr=1e-3)
     progress = t2.Progress(model, task, hp)
     expert = t2.get_expert(model)
@@ -169,7 +175,9 @@ def measure_step(config: LlamaConfig, step_tokens: int) -> dict[str, float]:
     figures["s, optimizer"] = seconds(lambda: t2.descend(progress, t2.StepStats(1), hp))
     total = sum(value for name, value in figures.items() if name.startswith("s, "))
     figures["s, step"] = total
-    figures["tokens/s of the rollout"] = STEP_ROWS * step_tokens / figures["s, rollout"]
+    for kind, tokens in vars(model).get("fitting_tokens", {}).items():
+        figures[f"tokens of a batch that fitted, {kind}"] = tokens
+    figures["tokens/s of the rollout"] = rows * new_tokens / figures["s, rollout"]
     return show(figures)
 
 
