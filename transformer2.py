@@ -837,8 +837,8 @@ def generate_tokens(
         prompt_length = inputs["input_ids"].shape[1]
         samplers = []
         if temperature > 0:
-            row_seeds = [seed * 1_000_003 + numbers[row] for row in rows]
-            samplers.append(RowSampler(model.device, row_seeds, temperature))
+            own_numbers = [numbers[row] for row in rows]
+            samplers.append(RowSampler(model.device, seed, own_numbers, temperature))
         # A row with less room than max_new_tokens is alone in its batch: no other is cut.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
@@ -882,15 +882,25 @@ class RowSampler(LogitsProcessor):
     model decodes greedily from these scores, and no draw depends on the rest of the batch.
     """
 
-    def __init__(self, device: torch.device, row_seeds: list[int], temperature: float):
+    def __init__(self, device: torch.device, seed: int, numbers: list[int], temperature: float):
         self.temperature = temperature
-        # torch takes seeds below 2**63.
-        self.generators = [torch.Generator(device).manual_seed(s % 2**63) for s in row_seeds]
+        # A GPU draws the noise of 256 numbers at once, as a call takes it longer than the drawing.
+        self.block_size = 1 if device.type == "cpu" else NOISE_BLOCK
+        self.rows: dict[int, list[int]] = {}  # block -> the batch's rows whose numbers are in it
+        for row, number in enumerate(numbers):
+            self.rows.setdefault(number // self.block_size, []).append(row)
+        self.places = torch.tensor(numbers, device=device) % self.block_size  # in their blocks
+        self.generators = {}
+        for block in self.rows:
+            block_seed = (seed * 1_000_003 + block) % 2**63  # torch takes seeds below 2**63
+            self.generators[block] = torch.Generator(device).manual_seed(block_seed)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = torch.empty_like(scores, dtype=torch.float32)  # (B, V)
-        for row, generator in zip(noise, self.generators):
-            row.exponential_(generator=generator)
+        for block, rows in self.rows.items():
+            drawn = noise.new_empty(self.block_size, scores.shape[1])
+            drawn.exponential_(generator=self.generators[block])
+            noise[rows] = drawn[self.places[rows]]
         noise = noise.clamp(min=2**-24)  # some devices draw an exact 0
         return scores.float() / self.temperature - noise.log()
 
@@ -914,9 +924,13 @@ def folding_pays(model, expert: Experts, temperature: float, inputs: dict, new_t
 
 
 def folded(model, enabled: bool) -> contextlib.AbstractContextManager:
-    """In this `with` block the layers run with W' built for the expert in use."""
-    layers = svf_layers(model).values() if enabled else []
-    return changed([(layer, "folded_weight", layer.weight) for layer in layers])
+    """In this `with` block the layers run with W' built for the expert in use, if memory allows."""
+    changes = []
+    with contextlib.suppress(torch.OutOfMemoryError):
+        if enabled:
+            layers = svf_layers(model).values()
+            changes = [(layer, "folded_weight", layer.weight) for layer in layers]
+    return changed(changes)
 
 
 def check_seed(seed: int) -> None:
@@ -941,6 +955,7 @@ FALLBACK_TEMPLATE = (
 )
 # Tokens of a batch at most, padding included. On a GPU generation takes as many as fit its memory.
 BATCH_TOKENS = {"generation": 16384, "choices": 4096, "gradient": 2048}
+NOISE_BLOCK = 256  # rows
 LOGIT_BUDGET = 2**28  # logits of a batch: 1 GiB in float32
 
 
