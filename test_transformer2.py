@@ -1135,6 +1135,18 @@ def test_on_step_sees_figures_and_answers():
         assert stats.seconds > 0
 
 
+def test_a_batch_larger_than_the_data_is_cut_and_noted(capsys):
+    seen, task = [], digit_task()
+    for batch_size in (80, 500):
+        hyper = dict(steps=1, batch_size=batch_size, validation_problems=4)
+        t2.reinforce(make_svf(), TOKENIZER, task, on_step=lambda *s: seen.append(s), **hyper)
+        stats, answers = seen.pop()
+        assert len({answer.problem["question"] for answer in answers}) == len(answers) == 80
+        assert stats.reward == pytest.approx(sum(answer.reward for answer in answers) / 80)
+    [note] = capsys.readouterr().err.splitlines()
+    assert note == "note: the batch of 500 is cut to the 80 problems that task toy has"
+
+
 def test_every_step_prints_a_line(capsys):
     t2.reinforce(make_svf(), TOKENIZER, digit_task(), steps=2, batch_size=4)
     output = capsys.readouterr().out

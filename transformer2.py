@@ -293,6 +293,9 @@ def reinforce(
     train_problems = task.problems("train")
     if not train_problems:
         raise Transformer2Error(f"task {task.name} has no problems to train on")
+    if hp.batch_size > len(train_problems):
+        cut = f"cut to the {len(train_problems)} problems that task {task.name} has"
+        print(f"note: the batch of {hp.batch_size} is {cut}", file=sys.stderr)
     held_out_problems = task.problems("validation")[: hp.validation_problems]
     progress = Progress(model, task, hp)
     if checkpoint is not None and Path(checkpoint).exists():
