@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +64,11 @@ def is_blue(completion: str, problem: dict) -> float:
 
 def starts_with_digit(completion: str, problem: dict) -> float:
     return 1.0 if completion.strip()[:1].isdigit() else -1.0
+
+
+def checksum(text: str, problem: dict) -> float:
+    """A reward that tells answers and problems apart."""
+    return zlib.crc32(f"{problem['question']} {text}".encode()) % 97 / 97
 
 
 # ---- Section 3.1: singular value fine-tuning -----------------------------------------------------
@@ -1133,6 +1139,155 @@ def test_on_step_sees_figures_and_answers():
         assert stats.mean_length == 1
         assert stats.grad_norm > 0
         assert stats.seconds > 0
+
+
+def test_the_figures_of_a_step_with_sampled_answers():
+    model, seen = make_svf(), []
+    # Answers end at a letter or at the limit, which is short: some end in both ways at once.
+    ends = TOKENIZER("ABCDEFGH")["input_ids"]
+    model.generation_config.eos_token_id = ends
+    hyper = dict(steps=2, batch_size=60, kl_coef=0.1, validation_problems=4)
+    task = toy(starts_with_digit, max_new_tokens=5)
+    t2.reinforce(model, TOKENIZER, task, on_step=lambda *step: seen.append(step), **hyper)
+    for stats, answers in seen[1:]:
+        ended = [answer for answer in answers if answer.tokens[-1] in ends]
+        assert 0 < len(ended) < 60
+        assert any(len(answer.tokens) == 5 for answer in ended)
+        assert stats.cut_off == pytest.approx(1 - len(ended) / 60)
+        num_tokens = sum(len(answer.tokens) for answer in answers)
+        assert stats.mean_length == pytest.approx(num_tokens / 60)
+        # Sampling is a part of the step.
+        assert stats.tokens_per_second > num_tokens / stats.seconds
+        deviation = np.std([answer.reward for answer in answers])
+        assert stats.reward_deviation == pytest.approx(deviation, rel=1e-4)
+        assert stats.kl_coef == 0.1
+
+
+def test_the_figures_of_a_step_with_choices():
+    model, task, seen = make_svf(), own_choices_task(), []
+    problems = task.problems("train")
+    scores = t2.score_choices(model, TOKENIZER, task, problems)
+    likeliest = {}
+    for problem, log_probs in zip(problems, scores):
+        likeliest[problem["question"]] = task.choices(problem)[log_probs.argmax()]
+    assert len(set(likeliest.values())) > 1
+
+    hyper = dict(steps=1, batch_size=80, kl_coef=0.1, validation_problems=4)
+    t2.reinforce(model, TOKENIZER, task, on_step=lambda *step: seen.append(step), **hyper)
+    _, (stats, answers) = seen
+    assert {answer.problem["question"]: answer.text for answer in answers} == likeliest
+    for answer in answers:
+        assert answer.reward == task.reward(answer.text, answer.problem)
+    assert stats.mean_length is None
+    assert stats.cut_off is None
+    assert stats.tokens_per_second is None
+
+    mean, mean_square = 0.0, 0.0
+    for problem, log_probs in zip(problems, scores):
+        rewards = [task.reward(text, problem) for text in task.choices(problem)]
+        probs = log_probs.softmax(0)
+        mean += (probs * torch.tensor(rewards)).sum().item() / 80
+        mean_square += (probs * torch.tensor(rewards) ** 2).sum().item() / 80
+    assert stats.reward == pytest.approx(mean, abs=1e-5)
+    assert stats.reward_deviation == pytest.approx(math.sqrt(mean_square - mean**2), rel=1e-4)
+
+
+@pytest.mark.parametrize("choices", [None, COLORS])
+@pytest.mark.parametrize("batch_size", [1, 7, 8])
+def test_rewards_that_are_all_equal_have_no_deviation(choices, batch_size):
+    task, seen = toy(lambda text, problem: 0.3, choices=choices, max_new_tokens=2), []
+    hyper = dict(steps=1, batch_size=batch_size, validation_problems=4)
+    t2.reinforce(make_svf(), TOKENIZER, task, on_step=lambda *step: seen.append(step), **hyper)
+    stats, _ = seen[1]
+    assert stats.reward_deviation == 0.0
+    assert stats.reward == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("make_task", [choice_task, digit_task])
+def test_the_kl_is_a_figure_only_where_it_counts(make_task):
+    model, seen = make_svf(), []
+    set_z(model, random_expert(model))
+    for kl_coef in (0.0, 0.1):
+        hyper = dict(steps=1, batch_size=8, kl_coef=kl_coef, validation_problems=4)
+        t2.reinforce(model, TOKENIZER, make_task(), on_step=lambda *s: seen.append(s), **hyper)
+    assert seen[1][0].kl is None
+    assert abs(seen[3][0].kl) > 1e-3
+
+
+def test_z_follows_the_gradient_with_a_learning_rate_that_falls_along_a_cosine():
+    """Along a gradient that stays as it is, AdamW moves every z by the learning rate."""
+    model = make_svf()
+    hp = t2.Hyperparameters(steps=4, lr=0.1)
+    progress = t2.Progress(model, digit_task(), hp)
+    for step, lr in enumerate([0.1, 0.0853553, 0.05, 0.0146447], start=1):
+        before, stats = t2.get_expert(model), t2.StepStats(step)
+        for layer in t2.svf_layers(model).values():
+            layer.z.grad = torch.ones_like(layer.z)
+        t2.descend(progress, stats, hp)
+        assert stats.lr == pytest.approx(lr, rel=1e-5)
+        for name, z in t2.get_expert(model).items():
+            assert torch.allclose(before[name] - z, torch.tensor(lr), rtol=1e-3)
+
+
+def test_the_time_left_is_that_of_the_steps_left():
+    seen = []
+    hyper = dict(steps=3, batch_size=8, validate_every=1, validation_problems=4)
+    start_time = time.time()
+
+    def on_step(stats: t2.StepStats, answers: list[t2.Answer]) -> None:
+        seen.append(stats.seconds_left)
+        most = (time.time() - start_time) * (3 - stats.step) / (1 + stats.step)
+        assert 0 <= stats.seconds_left <= most
+
+    t2.reinforce(make_svf(), TOKENIZER, digit_task(), on_step=on_step, **hyper)
+    assert seen[2] > 0
+    assert seen[3] == 0
+
+
+@pytest.mark.parametrize(
+    "make_infinite", [lambda loss: loss + math.inf, lambda loss: loss * math.inf]
+)
+def test_a_step_whose_loss_is_infinite_is_left_out(make_infinite, tmp_path, monkeypatch):
+    """That of the first step, when AdamW has no state yet, and that of the third."""
+    model, steps, seen = make_svf(), itertools.count(1), []
+    task = toy(checksum, max_new_tokens=2)
+    reinforce_loss = t2.reinforce_loss
+
+    def sometimes_infinite(*arguments):
+        loss = reinforce_loss(*arguments)
+        return make_infinite(loss) if next(steps) in (1, 3) else loss
+
+    def on_step(stats: t2.StepStats, answers: list[t2.Answer]) -> None:
+        seen.append((stats, torch.cat(list(t2.get_expert(model).values()))))
+
+    monkeypatch.setattr(t2, "reinforce_loss", sometimes_infinite)
+    hyper = dict(steps=4, batch_size=8, lr=0.1, validation_problems=4)
+    progress = tmp_path / "progress"
+    t2.reinforce(model, TOKENIZER, task, checkpoint=progress, on_step=on_step, **hyper)
+
+    assert [stats.skipped for stats, _ in seen] == [False, True, False, True, False]
+    for (_, before), (stats, after) in zip(seen, seen[1:]):
+        assert torch.equal(before, after) == stats.skipped
+        assert after.isfinite().all()
+    state = torch.load(progress)["optimizer"]["state"]
+    assert len(state) == len(t2.svf_layers(model))
+    for values in state.values():
+        assert all(value.isfinite().all() for value in values.values())
+
+
+def test_the_token_budget_of_a_run_bounds_all_its_batches():
+    """Validation, the answers of a step, and its micro-batches, with one forward pass for each."""
+    model, sizes = make_svf(), []
+
+    def record(model, arguments, inputs) -> None:
+        sizes.append(len(inputs["input_ids"]))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    five_rows = 5 * (len(prompt_ids("What is 1 plus 2?")) + 1)
+    hyper = dict(steps=1, batch_size=12, validation_problems=8, token_budget=five_rows)
+    t2.reinforce(model, TOKENIZER, digit_task(), **hyper)
+    validation, answers, micro_batches = [5, 3], [5, 5, 2], [5, 5, 2]
+    assert sizes == [*validation, *answers, *micro_batches, *validation]
 
 
 def test_a_batch_larger_than_the_data_is_cut_and_noted(capsys):

@@ -447,8 +447,10 @@ def step_stats(step, task, answers: list[list[Answer]], hp, rollout_seconds: flo
     stats = StepStats(step, kl_coef=hp.kl_coef)
     batch = [answer for group in answers for answer in group]
     stats.reward = sum(answer.weight * answer.reward for answer in batch)
-    squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in batch)
-    stats.reward_deviation = math.sqrt(squares)
+    stats.reward_deviation = 0.0  # exactly, if all are equal; the weights are rounded
+    if len({answer.reward for answer in batch}) > 1:
+        squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in batch)
+        stats.reward_deviation = math.sqrt(squares)
     if hp.kl_coef > 0:
         stats.kl = sum(a.weight * (a.log_prob - a.ref_log_prob) for a in batch)
     if task.choices is None:
