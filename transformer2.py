@@ -1139,7 +1139,7 @@ def halve_batches(model, kind: str, num_rows: int, tokens: int) -> None:
     fitting_tokens = vars(model).setdefault("fitting_tokens", {})
     if not fitting_tokens:  # said once
         note = f"the memory is too small for {tokens} tokens in a batch, going on with half of them"
-        print(f"note: {note}; a token budget of {tokens // 2} avoids this", file=sys.stderr)
+        print(f"note: {note}; a token budget of {tokens // 2} or less avoids this", file=sys.stderr)
     fitting_tokens[kind] = tokens // 2
 
 
