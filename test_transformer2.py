@@ -3,6 +3,7 @@
 No network, no GPU; about a minute and a half on two cores.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -17,6 +18,8 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +30,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import transformer2 as t2
@@ -63,6 +67,11 @@ def is_blue(completion: str, problem: dict) -> float:
 
 def starts_with_digit(completion: str, problem: dict) -> float:
     return 1.0 if completion.strip()[:1].isdigit() else -1.0
+
+
+def checksum(text: str, problem: dict) -> float:
+    """A reward that tells answers and problems apart."""
+    return zlib.crc32(f"{problem['question']} {text}".encode()) % 97 / 97
 
 
 # ---- Section 3.1: singular value fine-tuning -----------------------------------------------------
@@ -862,7 +871,7 @@ def gradient_of_a_step(model: nn.Module, task: t2.Task, **hyper) -> torch.Tensor
         choice_gradient(model, task, problems, hp)
     else:
         answers = [[answer] for answer in some_answers()]
-        t2.add_gradient(model, TOKENIZER, task, problems, answers, hp)
+        gradient_stats(model, task, problems, answers, hp)
     return z_gradient(model)
 
 
@@ -1133,6 +1142,167 @@ def test_on_step_sees_figures_and_answers():
         assert stats.mean_length == 1
         assert stats.grad_norm > 0
         assert stats.seconds > 0
+
+
+def test_the_figures_of_a_step_with_sampled_answers():
+    model, seen = make_svf(), []
+    # Answers end at a letter or at the limit, which is short: some end in both ways at once.
+    ends = TOKENIZER("ABCDEFGH")["input_ids"]
+    model.generation_config.eos_token_id = ends
+    hyper = dict(steps=2, batch_size=60, kl_coef=0.1, validation_problems=4)
+    task = toy(starts_with_digit, max_new_tokens=5)
+    t2.reinforce(model, TOKENIZER, task, on_step=lambda *step: seen.append(step), **hyper)
+    for stats, answers in seen[1:]:
+        ended = [answer for answer in answers if answer.tokens[-1] in ends]
+        assert 0 < len(ended) < 60
+        assert any(len(answer.tokens) == 5 for answer in ended)
+        assert stats.cut_off == pytest.approx(1 - len(ended) / 60)
+        num_tokens = sum(len(answer.tokens) for answer in answers)
+        assert stats.mean_length == pytest.approx(num_tokens / 60)
+        # Sampling is a part of the step.
+        assert stats.tokens_per_second > num_tokens / stats.seconds
+        deviation = np.std([answer.reward for answer in answers])
+        assert stats.reward_deviation == pytest.approx(deviation, rel=1e-4)
+        assert stats.kl_coef == 0.1
+
+
+def test_the_figures_of_a_step_with_choices():
+    model, task, seen = make_svf(), own_choices_task(), []
+    problems = task.problems("train")
+    scores = t2.score_choices(model, TOKENIZER, task, problems)
+    likeliest = {}
+    for problem, log_probs in zip(problems, scores):
+        likeliest[problem["question"]] = task.choices(problem)[log_probs.argmax()]
+    assert len(set(likeliest.values())) > 1
+
+    hyper = dict(steps=1, batch_size=80, kl_coef=0.1, validation_problems=4)
+    t2.reinforce(model, TOKENIZER, task, on_step=lambda *step: seen.append(step), **hyper)
+    _, (stats, answers) = seen
+    assert {answer.problem["question"]: answer.text for answer in answers} == likeliest
+    for answer in answers:
+        assert answer.reward == task.reward(answer.text, answer.problem)
+    assert stats.mean_length is None
+    assert stats.cut_off is None
+    assert stats.tokens_per_second is None
+
+    mean, mean_square = 0.0, 0.0
+    for problem, log_probs in zip(problems, scores):
+        rewards = [task.reward(text, problem) for text in task.choices(problem)]
+        probs = log_probs.softmax(0)
+        mean += (probs * torch.tensor(rewards)).sum().item() / 80
+        mean_square += (probs * torch.tensor(rewards) ** 2).sum().item() / 80
+    assert stats.reward == pytest.approx(mean, abs=1e-5)
+    assert stats.reward_deviation == pytest.approx(math.sqrt(mean_square - mean**2), rel=1e-4)
+
+
+@pytest.mark.parametrize("choices", [None, COLORS])
+@pytest.mark.parametrize("batch_size", [1, 7, 8])
+def test_rewards_that_are_all_equal_have_no_deviation(choices, batch_size):
+    task, seen = toy(lambda text, problem: 0.3, choices=choices, max_new_tokens=2), []
+    hyper = dict(steps=1, batch_size=batch_size, validation_problems=4)
+    t2.reinforce(make_svf(), TOKENIZER, task, on_step=lambda *step: seen.append(step), **hyper)
+    stats, _ = seen[1]
+    assert stats.reward_deviation == 0.0
+    assert stats.reward == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("make_task", [choice_task, digit_task])
+def test_the_kl_is_a_figure_only_where_it_counts(make_task):
+    model, seen = make_svf(), []
+    set_z(model, random_expert(model))
+    for kl_coef in (0.0, 0.1):
+        hyper = dict(steps=1, batch_size=8, kl_coef=kl_coef, validation_problems=4)
+        t2.reinforce(model, TOKENIZER, make_task(), on_step=lambda *s: seen.append(s), **hyper)
+    assert seen[1][0].kl is None
+    assert abs(seen[3][0].kl) > 1e-3
+
+
+def test_z_follows_the_gradient_with_a_learning_rate_that_falls_along_a_cosine():
+    """Along a gradient that stays as it is, AdamW moves every z by the learning rate."""
+    model = make_svf()
+    hp = t2.Hyperparameters(steps=4, lr=0.1)
+    progress = t2.Progress(model, digit_task(), hp)
+    for step, lr in enumerate([0.1, 0.0853553, 0.05, 0.0146447], start=1):
+        before, stats = t2.get_expert(model), t2.StepStats(step)
+        for layer in t2.svf_layers(model).values():
+            layer.z.grad = torch.ones_like(layer.z)
+        t2.descend(progress, stats, hp)
+        assert stats.lr == pytest.approx(lr, rel=1e-5)
+        for name, z in t2.get_expert(model).items():
+            assert torch.allclose(before[name] - z, torch.tensor(lr), rtol=1e-3)
+
+
+def test_the_time_left_is_that_of_the_steps_left():
+    seen = []
+    hyper = dict(steps=3, batch_size=8, validate_every=1, validation_problems=4)
+    start_time = time.time()
+
+    def on_step(stats: t2.StepStats, answers: list[t2.Answer]) -> None:
+        seen.append(stats.seconds_left)
+        most = (time.time() - start_time) * (3 - stats.step) / (1 + stats.step)
+        assert 0 <= stats.seconds_left <= most
+
+    t2.reinforce(make_svf(), TOKENIZER, digit_task(), on_step=on_step, **hyper)
+    assert seen[2] > 0
+    assert seen[3] == 0
+
+
+@pytest.mark.parametrize(
+    "make_infinite", [lambda loss: loss + math.inf, lambda loss: loss * math.inf]
+)
+def test_a_step_whose_loss_is_infinite_is_left_out(make_infinite, tmp_path, monkeypatch):
+    """That of the first step, when AdamW has no state yet, and that of the third."""
+    model, steps, seen = make_svf(), itertools.count(1), []
+    task = toy(checksum, max_new_tokens=2)
+    reinforce_loss = t2.reinforce_loss
+
+    def sometimes_infinite(*arguments):
+        loss = reinforce_loss(*arguments)
+        return make_infinite(loss) if next(steps) in (1, 3) else loss
+
+    def on_step(stats: t2.StepStats, answers: list[t2.Answer]) -> None:
+        seen.append((stats, torch.cat(list(t2.get_expert(model).values()))))
+
+    monkeypatch.setattr(t2, "reinforce_loss", sometimes_infinite)
+    hyper = dict(steps=4, batch_size=8, lr=0.1, validation_problems=4)
+    progress = tmp_path / "progress"
+    t2.reinforce(model, TOKENIZER, task, checkpoint=progress, on_step=on_step, **hyper)
+
+    assert [stats.skipped for stats, _ in seen] == [False, True, False, True, False]
+    for (_, before), (stats, after) in zip(seen, seen[1:]):
+        assert torch.equal(before, after) == stats.skipped
+        assert after.isfinite().all()
+    state = torch.load(progress)["optimizer"]["state"]
+    assert len(state) == len(t2.svf_layers(model))
+    for values in state.values():
+        assert all(value.isfinite().all() for value in values.values())
+
+
+def test_the_token_budget_of_a_run_bounds_all_its_batches():
+    """Validation, the answers of a step, and its micro-batches, with one forward pass for each."""
+    model, sizes = make_svf(), []
+
+    def record(model, arguments, inputs) -> None:
+        sizes.append(len(inputs["input_ids"]))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    five_rows = 5 * (len(prompt_ids("What is 1 plus 2?")) + 1)
+    hyper = dict(steps=1, batch_size=12, validation_problems=8, token_budget=five_rows)
+    t2.reinforce(model, TOKENIZER, digit_task(), **hyper)
+    validation, answers, micro_batches = [5, 3], [5, 5, 2], [5, 5, 2]
+    assert sizes == [*validation, *answers, *micro_batches, *validation]
+
+
+def test_a_batch_larger_than_the_data_is_cut_and_noted(capsys):
+    seen, task = [], digit_task()
+    for batch_size in (80, 500):
+        hyper = dict(steps=1, batch_size=batch_size, validation_problems=4)
+        t2.reinforce(make_svf(), TOKENIZER, task, on_step=lambda *s: seen.append(s), **hyper)
+        stats, answers = seen.pop()
+        assert len({answer.problem["question"] for answer in answers}) == len(answers) == 80
+        assert stats.reward == pytest.approx(sum(answer.reward for answer in answers) / 80)
+    [note] = capsys.readouterr().err.splitlines()
+    assert note == "note: the batch of 500 is cut to the 80 problems that task toy has"
 
 
 def test_every_step_prints_a_line(capsys):
@@ -1623,6 +1793,310 @@ def test_a_task_of_plain_strings_is_evaluated():
         token = logits(model, TOKENIZER(problem["question"])["input_ids"])[-1].argmax()
         right += TOKENIZER.decode([token]).strip().isdigit()
     assert t2.evaluate(model, TOKENIZER, task, problems) == pytest.approx(right / len(problems))
+
+
+# ---- Batches and memory --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def device_for(rows: int, model: nn.Module) -> Iterator[list[int]]:
+    """A stand-in for a device that has memory for so many rows. Gives the sizes that were tried."""
+    tried = []
+
+    def run_out_of_memory(model, arguments, inputs) -> None:
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > rows:
+            raise torch.OutOfMemoryError
+
+    hook = model.register_forward_pre_hook(run_out_of_memory, with_kwargs=True)
+    try:
+        yield tried
+    finally:
+        hook.remove()
+
+
+def some_problems() -> list[dict]:
+    """Eight problems, whose questions have different lengths."""
+    return [{"question": LONG[: 4 * i], "answer": "B"} for i in range(8)]
+
+
+def generating_task() -> t2.Task:
+    return toy(checksum, max_new_tokens=6)
+
+
+def three_choices_task() -> t2.Task:
+    return toy(checksum, choices=["A B", "A C", "red"])
+
+
+def test_a_full_device_draws_the_same_answers():
+    model, task = never_ends(make_svf()), generating_task()
+    experts = [random_expert(model, 1), None, random_expert(model, 2), None] * 2
+    how = dict(expert=experts, temperature=1.0, seed=3)
+    expected = t2.rollout(model, TOKENIZER, task, some_problems(), **how)
+    assert len({answer.text for answer in expected}) == 8
+    with device_for(3, model) as tried:
+        answers = t2.rollout(model, TOKENIZER, task, some_problems(), **how)
+    assert answers == expected
+    assert tried[:3] == [8, 4, 2]
+
+
+@pytest.mark.parametrize("make_task", [generating_task, three_choices_task])
+def test_a_full_device_evaluates_the_same(make_task):
+    model, task = make_svf(), make_task()
+    expert = random_expert(model, size=1.0)
+    expected = t2.evaluate(model, TOKENIZER, task, some_problems(), expert=expert)
+    with device_for(3, model) as tried:
+        accuracy = t2.evaluate(model, TOKENIZER, task, some_problems(), expert=expert)
+    assert accuracy == pytest.approx(expected, rel=1e-6)
+    assert tried[:2] == [8, 4]
+
+
+@pytest.mark.parametrize("make_task", [generating_task, three_choices_task])
+def test_few_shot_finds_the_same_on_a_full_device(make_task):
+    experts = {name: random_expert(make_svf(), seed) for seed, name in enumerate("ab")}
+    search = partial(t2.few_shot, population=6, iterations=2)
+    problems = some_problems()[:3]
+    _, expected = search(make_svf(), TOKENIZER, make_task(), problems, experts)
+    model = make_svf()
+    with device_for(4, model) as tried:
+        _, alphas = search(model, TOKENIZER, make_task(), problems, experts)
+    assert torch.allclose(alphas, expected, rtol=1e-6)
+    assert tried[:2] == [18, 9]  # 3 problems under each of 6 candidates
+
+
+@pytest.mark.parametrize("make_task", [generating_task, three_choices_task])
+def test_a_full_device_gives_the_same_gradient(make_task):
+    model, task = make_svf(), make_task()
+    set_z(model, random_expert(model))
+    expected = gradient_of_a_step(model, task)
+    with device_for(4, model) as tried:
+        gradient = gradient_of_a_step(model, task)
+    assert relative(gradient, expected) < 1e-6
+    assert tried[:2] == [6, 3]
+
+
+@pytest.mark.parametrize(
+    ("make_task", "tokens_a_problem"),
+    [(generating_task, 11 + 3), (three_choices_task, 3 * (11 + 3))],
+)
+def test_memory_that_runs_out_within_backward_leaves_no_part_of_a_gradient(
+    make_task, tokens_a_problem
+):
+    """It happens in the second micro-batch, when the gradient has gone through the last layer."""
+    model, task, failures = make_svf(), make_task(), [torch.OutOfMemoryError()]
+    set_z(model, random_expert(model))
+    expected = gradient_of_a_step(model, task)
+    layer = model.model.layers[0].mlp.down_proj
+
+    def run_out_of_memory_once(gradient: torch.Tensor) -> None:
+        if layer.z.grad is not None and failures:
+            raise failures.pop()
+
+    def watch(layer, arguments, output) -> None:
+        # Choices take a second pass of nine rows, whose backward comes before that of the prompts.
+        if output.requires_grad and len(output) == 3:
+            output.register_hook(run_out_of_memory_once)
+
+    layer.register_forward_hook(watch)
+    # Two micro-batches of three problems.
+    gradient = gradient_of_a_step(model, task, token_budget=3 * tokens_a_problem)
+    assert not failures
+    assert relative(gradient, expected) < 1e-6
+
+
+def test_batches_are_halved_until_they_fit_and_later_ones_are_no_larger():
+    model, task = make_svf(), digit_task()
+    problems = task.problems("train")[:8]
+    with device_for(3, model) as tried:
+        t2.evaluate(model, TOKENIZER, task, problems)
+        assert tried == [8, 4, 2, 2, 2, 2]
+        t2.evaluate(model, TOKENIZER, task, problems)
+        assert tried[6:] == [2, 2, 2, 2]
+
+
+def test_only_the_first_halving_is_noted(capsys):
+    model = make_svf()
+    with device_for(3, model):
+        for task in (digit_task(), choice_task()):
+            t2.evaluate(model, TOKENIZER, task, task.problems("test")[:8])
+    [note] = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: the memory is too small for 96 tokens in a batch")
+
+
+def test_the_note_names_a_token_budget_that_avoids_the_halving(capsys):
+    task = digit_task()
+    problems = task.problems("test")[:8]
+    model = make_svf()
+    with device_for(4, model) as tried:
+        t2.evaluate(model, TOKENIZER, task, problems)
+    assert tried == [8, 4, 4]
+    budget = int(re.search(r"token budget of (\d+)", capsys.readouterr().err)[1])
+
+    model = make_svf()
+    with device_for(4, model) as tried, t2.token_budget(model, budget):
+        t2.evaluate(model, TOKENIZER, task, problems)
+    assert tried == [4, 4]
+    assert capsys.readouterr().err == ""
+
+
+def generate_64_tokens(model: nn.Module) -> None:
+    t2.generate(model, TOKENIZER, [say(SHORT)], expert=random_expert(model), max_new_tokens=64)
+
+
+def score_three_choices(model: nn.Module) -> None:
+    task, expert = three_choices_task(), random_expert(model)
+    t2.score_choices(model, TOKENIZER, task, task.problems("test")[:1], expert=expert)
+
+
+def add_a_gradient(model: nn.Module) -> None:
+    task, hp = generating_task(), t2.Hyperparameters(kl_coef=0.1, checkpointing=True)
+    answers = [[t2.Answer([5] * 4, text="")]]
+    t2.add_gradient(model, TOKENIZER, task, task.problems("test")[:1], answers, hp)
+
+
+@pytest.mark.parametrize(
+    ("work", "tokens"),
+    [(generate_64_tokens, 4 + 64), (score_three_choices, 3 * (11 + 3)), (add_a_gradient, 11 + 4)],
+)
+def test_a_row_that_does_not_fit_is_one_sentence_and_the_model_stays_as_it_was(work, tokens):
+    model = make_svf()
+    for layer in t2.svf_layers(model).values():
+        layer.z.grad = torch.full_like(layer.z, 7.0)
+    states = {name: dict(vars(module)) for name, module in model.named_modules()}
+    sentence = (
+        f"^the memory is too small for a single row of {tokens} tokens: shorten prompts or .*$"
+    )
+    with pytest.raises(t2.Transformer2Error, match=sentence), device_for(0, model):
+        work(model)
+    for name, module in model.named_modules():
+        assert vars(module) == states[name]
+    assert (z_gradient(model) == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_token", "groups"),
+    [("Qwen2.5-0.5B", 2 * 24 * 2 * 64 * 2, 1), ("Llama-3-8B", 2 * 32 * 8 * 128 * 2, 6)],
+)
+def test_a_rollout_takes_as_few_decoding_steps_as_its_cache_allows(
+    name, bytes_per_token, groups, monkeypatch
+):
+    """256 prompts of 200 tokens, 512 new ones each, and 22 GiB for the factors and the cache.
+
+    A token of Llama-3-8B has a key and a value in 32 layers of 8 heads of 128 numbers of 2 bytes:
+    128 KiB, or 89 MiB for a row. The factors leave 4.04 GiB, so 46 rows fit at a time.
+    """
+    with FakeTensorMode():  # tensors without storage
+        model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16)
+        free_memory = 22 * 2**30 - Peak(t2.apply_svf(model)).now
+    group_sizes, decoding_steps = [], []
+
+    def generate(input_ids, **inputs):
+        """Stands in for the model's own."""
+        new_tokens = model.generation_config.max_new_tokens
+        group_sizes.append(len(input_ids))
+        decoding_steps.append(new_tokens)
+        return F.pad(input_ids, (0, new_tokens), value=5)
+
+    monkeypatch.setattr(t2, "free_memory", lambda model: free_memory)
+    monkeypatch.setattr(model, "generate", generate)
+    how = dict(max_new_tokens=512, temperature=1.0)
+    answers = t2.generate(model, TOKENIZER, ["A" * 200] * 256, **how)
+    assert len(answers) == sum(group_sizes) == 256
+    assert decoding_steps == [512] * groups
+    assert max(group_sizes) == min(256, free_memory // (712 * bytes_per_token))
+
+
+@contextlib.contextmanager
+def layers_watched(model: nn.Module) -> Iterator[set[str]]:
+    """Gives the ways in which the layers run in this `with` block: folded, factored."""
+    ways, hooks = set(), []
+
+    def watch(layer, arguments, output) -> None:
+        weight = layer.folded_weight
+        if weight is not None and torch.equal(output, F.linear(*arguments, weight, layer.bias)):
+            ways.add("folded")
+        else:
+            ways.add("factored")
+
+    for layer in t2.svf_layers(model).values():
+        hooks.append(layer.register_forward_hook(watch))
+    try:
+        yield ways
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("with_expert", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_an_answer_is_the_same_folded_as_factored(family, with_expert, monkeypatch):
+    model = never_ends(make_svf(family, seed=2))
+    set_z(model, random_expert(model, 1))  # the model's own z's do not matter
+    expert = random_expert(model, 2) if with_expert else None
+    how = dict(expert=expert, max_new_tokens=80)
+    with layers_watched(model) as ways:
+        folded = t2.generate(model, TOKENIZER, [say(SHORT), say(LONG)], **how)
+    assert ways == {"folded"}
+
+    monkeypatch.setattr(t2, "folding_pays", lambda *about: False)
+    with layers_watched(model) as ways:
+        factored = t2.generate(model, TOKENIZER, [say(SHORT), say(LONG)], **how)
+    assert ways == {"factored"}
+    assert folded == factored
+    assert len(set("".join(folded))) > 5  # no endless repetition of one token
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype", "temperature", "max_new_tokens"),
+    [
+        ("folded", torch.float32, 0.0, 64),
+        ("folded", torch.float32, 1.0, 64),
+        ("folded", torch.bfloat16, 0.0, 64),
+        ("factored", torch.bfloat16, 1.0, 64),  # W' is rounded, and z trains on the answers
+        ("factored", torch.float32, 0.0, 32),  # too short to be worth it
+    ],
+)
+def test_what_generates_with_folded_weights(way, dtype, temperature, max_new_tokens):
+    model = never_ends(t2.apply_svf(make().to(dtype)))
+    how = dict(expert=random_expert(model), temperature=temperature, max_new_tokens=max_new_tokens)
+    with layers_watched(model) as ways:
+        t2.generate(model, TOKENIZER, [say(SHORT)], **how)
+    assert ways == {way}
+
+
+def test_a_batch_with_a_list_of_experts_is_not_folded():
+    model = never_ends(make_svf())
+    how = dict(expert=[None, random_expert(model)], max_new_tokens=64)
+    with layers_watched(model) as ways:
+        t2.generate(model, TOKENIZER, [say(SHORT), say(LONG)], **how)
+    assert ways == {"factored"}
+
+
+@pytest.mark.parametrize(("missing_bytes", "way"), [(0, "folded"), (1, "factored")])
+def test_weights_are_folded_only_where_they_fit_beside_the_cache(missing_bytes, way, monkeypatch):
+    model = never_ends(make_svf())
+    # In float32: two layers of three matrices of 32 x 48, and for each of two rows its prompt and
+    # 64 new tokens, with a key and a value in two layers of two heads of 8.
+    weights = 2 * 3 * 32 * 48 * 4
+    cache = 2 * (len(prompt_ids(SHORT)) + 64) * (2 * 2 * 2 * 8 * 4)
+    monkeypatch.setattr(t2, "free_memory", lambda model: weights + cache - missing_bytes)
+    with layers_watched(model) as ways:
+        t2.generate(model, TOKENIZER, [say(SHORT)] * 2, max_new_tokens=64)
+    assert ways == {way}
+
+
+def test_an_interrupted_answer_leaves_no_folded_weights():
+    model, calls = never_ends(make_svf()), itertools.count()
+
+    def interrupt(model, arguments, output) -> None:
+        if next(calls) == 5:
+            assert all(layer.folded_weight is not None for layer in t2.svf_layers(model).values())
+            raise KeyboardInterrupt
+
+    model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate_64_tokens(model)
+    assert all(layer.folded_weight is None for layer in t2.svf_layers(model).values())
 
 
 # ---- Section 3.2: self-adaptation ----------------------------------------------------------------

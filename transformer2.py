@@ -293,6 +293,9 @@ def reinforce(
     train_problems = task.problems("train")
     if not train_problems:
         raise Transformer2Error(f"task {task.name} has no problems to train on")
+    if hp.batch_size > len(train_problems):
+        cut = f"cut to the {len(train_problems)} problems that task {task.name} has"
+        print(f"note: the batch of {hp.batch_size} is {cut}", file=sys.stderr)
     held_out_problems = task.problems("validation")[: hp.validation_problems]
     progress = Progress(model, task, hp)
     if checkpoint is not None and Path(checkpoint).exists():
@@ -444,8 +447,10 @@ def step_stats(step, task, answers: list[list[Answer]], hp, rollout_seconds: flo
     stats = StepStats(step, kl_coef=hp.kl_coef)
     batch = [answer for group in answers for answer in group]
     stats.reward = sum(answer.weight * answer.reward for answer in batch)
-    squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in batch)
-    stats.reward_deviation = math.sqrt(squares)
+    stats.reward_deviation = 0.0  # exactly, if all are equal; the weights are rounded
+    if len({answer.reward for answer in batch}) > 1:
+        squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in batch)
+        stats.reward_deviation = math.sqrt(squares)
     if hp.kl_coef > 0:
         stats.kl = sum(a.weight * (a.log_prob - a.ref_log_prob) for a in batch)
     if task.choices is None:
@@ -1149,7 +1154,7 @@ def halve_batches(model, kind: str, num_rows: int, tokens: int) -> None:
     fitting_tokens = vars(model).setdefault("fitting_tokens", {})
     if not fitting_tokens:  # said once
         note = f"the memory is too small for {tokens} tokens in a batch, going on with half of them"
-        print(f"note: {note}; a token budget of {tokens // 2} avoids this", file=sys.stderr)
+        print(f"note: {note}; a token budget of {tokens // 2} or less avoids this", file=sys.stderr)
     fitting_tokens[kind] = tokens // 2
 
 
