@@ -14,17 +14,17 @@ import datetime
 import os
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
-import huggingface_hub
 import torch
-import transformers
 from torch import distributed, nn
 
-from tasks import BUILT_IN_MODELS, DEFAULT_TASKS, TASKS, TEST_PROBLEMS, built_in_source, get_task
+from tasks import BUILT_IN_MODELS as BUILT_IN_MODELS  # "as": for others to import from here
+from tasks import DEFAULT_TASKS, TASKS, TEST_PROBLEMS, get_task
+from tasks.models import CACHE, load_model
+from tasks.models import built_in_folder as built_in_folder
 from transformer2 import (
     TARGETS,
     Hyperparameters,
@@ -38,10 +38,8 @@ from transformer2 import (
     reinforce,
     save_expert,
     svf_layers,
-    write_whole,
 )
 
-CACHE = Path(".cache/transformer2")
 MEMORY_ADVICE = (
     "go on with --resume --checkpointing, or with --resume --token-budget N and a smaller N, "
     "or start again with a smaller --layers"
@@ -217,59 +215,6 @@ def peak_memory() -> str:
 
 
 # ---- What adapt.py needs, too -------------------------------------------------------------------
-
-
-def load_model(
-    name: str, device: str | None = None, device_map: str | None = None
-) -> tuple[nn.Module, Processor]:
-    """The model and the processor of a hub id, a folder, "tiny" or "tiny-vlm".
-
-    The model is in bfloat16 on a GPU and in float32 on a CPU. device: the GPU of this process if
-    there is one, otherwise the CPU. device_map: "auto" spreads a model over several GPUs. Raises
-    Transformer2Error for a model that cannot be loaded.
-    """
-    # The libraries' notes, retries and progress bars are not for the user.
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    source = built_in_folder(name) if name in BUILT_IN_MODELS else name
-    model_class, processor_class = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        if hasattr(config, "vision_config"):
-            model_class = transformers.AutoModelForImageTextToText
-            processor_class = transformers.AutoProcessor
-        model = model_class.from_pretrained(source, dtype=dtype, device_map=device_map)
-        processor = processor_class.from_pretrained(source)
-    except Exception as error:  # no such model, a damaged file, a package that is missing
-        reason = f"{type(error).__name__}, {str(error).strip()}".splitlines()[0]
-        what = "neither 'tiny' or 'tiny-vlm', nor a folder with a model, nor to be had from the hub"
-        raise Transformer2Error(f"model {str(source)!r} is {what}: {reason}") from error
-    if device_map is None:
-        model = model.to(device)
-    return model.eval(), processor
-
-
-def built_in_folder(name: str) -> Path:
-    """The folder of a built-in model, named by its source text. The first call pretrains it."""
-    version = zlib.crc32(built_in_source(name).encode())
-    folder = CACHE / f"{name}-{version:08x}"
-    if not folder.exists():
-        model, processor = BUILT_IN_MODELS[name]()
-
-        def save(path: Path) -> None:
-            model.save_pretrained(path)
-            processor.save_pretrained(path)
-
-        try:
-            write_whole(folder, save)
-        except Transformer2Error:
-            if not folder.exists():  # otherwise another process was faster
-                raise
-    return folder
 
 
 def folder_name(model_name: str) -> str:
