@@ -225,6 +225,7 @@ def train_task(
     row = f"{task.name:15} {base:7.1%} -> {accuracy:6.1%} {len(test):7} problems "
     row += f"{path.stat().st_size:9,} B {time.time() - start_time:6.0f} s  {path}"
     print(row)
+    log.print_conclusions()
     return row
 
 

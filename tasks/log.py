@@ -1,10 +1,11 @@
-"""The log of a training run, a file of JSON lines: its settings, its steps, some of its answers."""
+"""What a training run leaves to look at: a log of JSON lines, and warnings on the terminal."""
 
 import contextlib
 import json
 import math
 import platform
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ MAY_DIFFER = ["token_budget", "checkpointing"]  # as for the progress that reinf
 
 
 class TrainingLog:
-    """Writes the log of a run, line by line.
+    """Writes the log of a run, line by line, and prints what goes wrong in it.
 
     The first line has settings, seed and versions. A line follows for each step with the figures of
     StepStats and the peak memory, and every few steps a line with sample answers; both have "step".
@@ -31,6 +32,7 @@ class TrainingLog:
         self.settings = settings
         self.sample_every = sample_every
         self.begun = False  # this process has written a step
+        self.warnings = Counter()  # kind of warning -> how many steps it was true of
 
     def check(self, resume: bool) -> None:
         """Raises Transformer2Error if it cannot be written, or cannot be resumed. Changes nothing.
@@ -76,6 +78,20 @@ class TrainingLog:
         if answers and (stats.step % self.sample_every == 0 or stats.step == last_step):
             samples = [sample(answer) for answer in answers[:SAMPLES]]
             self.append(json_line({"step": stats.step, "samples": samples}))
+        self.warn(stats)
+
+    def warn(self, stats: StepStats) -> None:
+        """Prints what went wrong in a step, of each kind the first time and every tenth time."""
+        for kind, sentence in troubles(stats).items():
+            self.warnings[kind] += 1
+            if self.warnings[kind] % 10 == 1:
+                print(f"warning: step {stats.step}: {sentence}")
+
+    def print_conclusions(self) -> None:
+        """Prints what went wrong in the whole run, from the log, which has all its steps."""
+        if self.path.exists():
+            for sentence in conclusions(self.path):
+                print(f"warning: {sentence}")
 
     def drop_steps_from(self, step: int) -> None:
         """Drops the lines of this step and of later ones; starts a log if there is none."""
@@ -135,6 +151,41 @@ def sample(answer: Answer) -> dict:
         "reward": finite(answer.reward),
         "reference": answer.problem["answer"],
     }
+
+
+def troubles(stats: StepStats) -> dict[str, str]:
+    """What went wrong in a step: a sentence for each kind."""
+    sentences = {}
+    if stats.cut_off is not None and stats.cut_off > 0.5:
+        reason = f"{stats.cut_off:.0%} of the answers were cut off at the token limit"
+        sentences["cut off"] = f"{reason}: a larger --max-new-tokens lets them end"
+    if stats.skipped:
+        sentences["skipped"] = "its gradient or loss is not finite: the step was left out"
+    elif stats.reward_deviation is not None:
+        # The weights of the answers are rounded to 7 digits.
+        if stats.reward_deviation < 1e-6 * max(1.0, abs(stats.reward)):
+            reason = f"all rewards are equal ({stats.reward:+.3f})"
+            sentences["equal"] = f"{reason}: nothing can be learned from them"
+    return sentences
+
+
+def conclusions(path: Path) -> list[str]:
+    """What went wrong in the run of this log: sentences."""
+    steps = [line for line in read_log(path)[1:] if "samples" not in line]
+    sentences = []
+    num_skipped = sum(line["skipped"] for line in steps)
+    if num_skipped > 0:
+        reason = "as gradient or loss was not finite"
+        sentences.append(f"{num_skipped} of {steps[-1]['step']} steps were left out, {reason}")
+    validated = [line for line in steps if line["validation"] is not None]
+    # A log that was started in the middle of a run does not have the base model.
+    if len(validated) > 1 and validated[0]["step"] == 0:
+        base, *trained = [line["validation"] for line in validated]
+        if max(trained) <= base:
+            reason = f"no step was better on validation than the base model's {base:.1%}"
+            advice = f"look at the answers in {path}, and try another --lr or --max-new-tokens"
+            sentences.append(f"nothing was learned, {reason}: {advice}")
+    return sentences
 
 
 def peak_gib() -> float | None:

@@ -246,10 +246,10 @@ def folder_bytes(folder: str = "experts") -> dict[str, bytes]:
 
 @pytest.fixture
 def train_on(run_script, monkeypatch) -> Callable[..., str]:
-    """Trains on toy problems with this reward, under the name "toy"; gives what is printed."""
+    """Trains on the task `toy` with this reward and gives what is printed. more: as for Task."""
 
-    def run(reward: Callable[[str, dict], float], *arguments: str) -> str:
-        monkeypatch.setattr(train_expert, "get_task", lambda name: toy(reward))
+    def run(reward: Callable[[str, dict], float], *arguments: str, **more: object) -> str:
+        monkeypatch.setattr(train_expert, "get_task", lambda name: toy(reward, **more))
         return run_script(train_expert, "--task", "toy", *FEW, *arguments)
 
     return run
@@ -422,6 +422,60 @@ def test_a_dataset_that_cannot_be_read_is_met_before_anything_is_overwritten(
     monkeypatch.setitem(train_expert.TASKS, "reversal", lambda: replace(task, problems=missing))
     assert "no dataset" in refusal(train_expert, *TWO_TASKS, "--lr", "0.5")
     assert folder_bytes() == before
+
+
+# ---- What goes wrong in training is said --------------------------------------------------------
+
+
+def warnings_in(printed: str) -> list[str]:
+    return re.findall("^warning: (.*)", printed, re.MULTILINE)
+
+
+def test_answers_that_are_cut_off_are_said_the_first_and_every_tenth_time(run_script):
+    printed = run_script(train_expert, "--task", "addition", "--steps", "12", *FEW)
+    said = [line for line in warnings_in(printed) if "cut off" in line]
+    assert len(said) == 2
+    assert said[0].startswith("step 1: ")
+    assert said[1].startswith("step 11: ")
+    assert "--max-new-tokens" in said[0]
+
+
+def test_equal_rewards_are_said(train_on):
+    printed = train_on(lambda text, problem: 0.7, "--steps", "2", "--batch-size", "3")
+    assert "step 1: all rewards are equal (+0.700): " in "\n".join(warnings_in(printed))
+
+
+def test_a_step_that_is_left_out_is_said_counted_and_null_in_the_log(train_on):
+    def reward(text: str, problem: dict) -> float:
+        if problem["question"] < "What is 8":  # those to train on
+            return float("inf")
+        return 1.0
+
+    printed = train_on(reward, "--steps", "3")
+    said = warnings_in(printed)
+    assert "step 1: its gradient or loss is not finite: the step was left out" in said
+    assert "3 of 3 steps were left out, as gradient or loss was not finite" in said
+    for line in read_lines("toy")[1:]:
+        assert line["skipped"]
+        assert line["grad_norm"] is None
+
+
+def test_a_run_that_learns_nothing_says_so_at_the_end(train_on):
+    printed = train_on(lambda text, problem: len(problem["question"]) / 100, "--steps", "2")
+    said = warnings_in(printed)
+    assert said[-1].startswith("nothing was learned, no step was better on validation than")
+    assert "experts/MODEL/toy.log.jsonl" in said[-1]
+
+
+def test_a_run_that_learns_has_no_warning(train_on):
+    def reward(text: str, problem: dict) -> float:
+        return 1.0 if text == "D" else -1.0
+
+    arguments = ["--steps", "3", "--lr", "0.1"]
+    printed = train_on(reward, *arguments, choices=["A", "B", "C", "D"])
+    first, last = re.findall(r"validation (\S+)%", printed)
+    assert float(last) > float(first)
+    assert warnings_in(printed) == []
 
 
 # ---- adapt.py -----------------------------------------------------------------------------------
