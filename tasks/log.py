@@ -120,14 +120,20 @@ def read_log(path: Path) -> list[dict]:
 
     Raises Transformer2Error for a file that cannot be read or is no log.
     """
+    lines = []
     try:
         # After the last line's end there is nothing, or a part of a line if the disk was full.
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-        about, *others = lines
-        if "settings" not in about or not all("step" in line for line in others):
-            raise ValueError("it is no log of a training run")
-    except (OSError, ValueError, TypeError) as error:
-        raise Transformer2Error(f"cannot read the log {path}: {error}") from error
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            lines.append(json.loads(line))
+        is_log = "settings" in lines[0] and all("step" in line for line in lines[1:])
+    except OSError as error:
+        raise Transformer2Error(f"cannot read {path}: {error}") from error
+    except (ValueError, TypeError, IndexError):
+        is_log = False
+    if not is_log:
+        raise Transformer2Error(
+            f"{path} is not the log of a training run: give another, or move it"
+        )
     return lines
 
 

@@ -384,6 +384,15 @@ def test_resume_refuses_a_log_of_other_settings(run_script, refusal, change, nam
     assert folder_bytes() == before
 
 
+def test_resume_refuses_a_log_that_is_none(run_script, refusal):
+    run_script(train_expert, *TWO_TASKS)
+    Path("experts/MODEL/addition.log.jsonl").write_text("5\n")
+    before = folder_bytes()
+    error = refusal(train_expert, *TWO_TASKS, "--resume")
+    assert "addition.log.jsonl is not the log of a training run" in error
+    assert folder_bytes() == before
+
+
 def test_resume_takes_a_log_of_other_versions(run_script):
     run_script(train_expert, *TWO_TASKS)
     log = Path("experts/MODEL/addition.log.jsonl")
