@@ -11,20 +11,23 @@ import argparse
 import atexit
 import contextlib
 import datetime
+import functools
+import math
 import os
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import huggingface_hub
 import torch
-import transformers
 from torch import distributed, nn
 
-from tasks import BUILT_IN_MODELS, DEFAULT_TASKS, TASKS, TEST_PROBLEMS, built_in_source, get_task
+from tasks import BUILT_IN_MODELS as BUILT_IN_MODELS  # "as": for others to import from here
+from tasks import DEFAULT_TASKS, TASKS, TEST_PROBLEMS, get_task
+from tasks.log import TrainingLog, process_peak_gib
+from tasks.models import CACHE, load_model
+from tasks.models import built_in_folder as built_in_folder
 from transformer2 import (
     TARGETS,
     Hyperparameters,
@@ -38,10 +41,8 @@ from transformer2 import (
     reinforce,
     save_expert,
     svf_layers,
-    write_whole,
 )
 
-CACHE = Path(".cache/transformer2")
 MEMORY_ADVICE = (
     "go on with --resume --checkpointing, or with --resume --token-budget N and a smaller N, "
     "or start again with a smaller --layers"
@@ -56,7 +57,10 @@ def main() -> None:
     with first_process_first():
         model, processor = load_model(args.model, device_map=args.device_map)
         size = decompose_targets(model, args)
-    rows = [train_task(model, processor, task, args) for task in tasks]
+        logs = open_logs(tasks, args)
+    rows = []
+    for task, log in zip(tasks, logs):
+        rows.append(train_task(model, processor, task, log, args))
     remove_progress(tasks, args)
     print_summary(rows, size)
 
@@ -83,10 +87,17 @@ def read_arguments() -> argparse.Namespace:
     add("--checkpointing", action="store_true", default=None, help="less memory, a third more time")
     add("--device-map", help="auto: spread a model over several GPUs (needs accelerate)")
     add("--no-cache", action="store_true", help="keep no decompositions on disk, and read none")
-    add("--out", type=Path, default=Path("experts"), help="experts land in OUT/<model>/")
-    add("--resume", action="store_true", help="go on where the same command was interrupted")
+    add("--out", type=Path, default=Path("experts"), help="experts and logs land in OUT/<model>/")
+    add("--sample-every", type=int, default=10, metavar="N", help="steps between logged answers")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on where the same command was interrupted; "
+        "a run without it replaces older logs and experts of its tasks",
+    )
     args = parser.parse_args()
-    check_numbers(args, ["batch_size", "validation_problems", "test_problems", "max_new_tokens"])
+    counts = ["batch_size", "validation_problems", "test_problems", "max_new_tokens"]
+    check_numbers(args, [*counts, "sample_every"])
     return args
 
 
@@ -113,7 +124,8 @@ def choose_tasks(args: argparse.Namespace) -> list[Task]:
     for name in args.task or DEFAULT_TASKS.get(args.model, ["gsm8k"]):
         task = get_task(name)
         limit = args.max_new_tokens or task.max_new_tokens
-        tasks.append(replace(task, max_new_tokens=limit, hyper={**task.hyper, **settings}))
+        task = replace(task, max_new_tokens=limit, hyper={**task.hyper, **settings})
+        tasks.append(replace(task, problems=functools.cache(task.problems)))  # read once
     return tasks
 
 
@@ -163,18 +175,44 @@ def expert_path(task: Task, args: argparse.Namespace) -> Path:
     return args.out / folder_name(args.model) / f"{task.name}.safetensors"
 
 
-def train_task(model: nn.Module, processor: Processor, task: Task, args: argparse.Namespace) -> str:
+def open_logs(tasks: list[Task], args: argparse.Namespace) -> list[TrainingLog]:
+    """The tasks' logs. A new run replaces an older one's logs, and removes experts and progress.
+
+    Raises Transformer2Error before it changes anything if a log cannot be written, or if --resume
+    finds one with other settings.
+    """
+    logs = []
+    for task in tasks:
+        settings = {"model": args.model, "task": task.name, "targets": args.targets}
+        settings |= {"layers": args.layers, "max_new_tokens": task.max_new_tokens}
+        settings |= asdict(Hyperparameters(**task.hyper))
+        path = expert_path(task, args).with_suffix(".log.jsonl")
+        logs.append(TrainingLog(path, settings, args.sample_every))
+    if process_rank() > 0:
+        return logs
+    for task, log in zip(tasks, logs):
+        task.problems("test")  # raises an error for a missing dataset
+        log.check(args.resume)
+    if not args.resume:
+        for task, log in zip(tasks, logs):
+            log.start()
+            expert_path(task, args).unlink(missing_ok=True)
+            expert_path(task, args).with_suffix(".state").unlink(missing_ok=True)
+    return logs
+
+
+def train_task(
+    model: nn.Module, processor: Processor, task: Task, log: TrainingLog, args: argparse.Namespace
+) -> str:
     """Trains, scores and saves the expert of a task. Prints and returns its row of the summary."""
     start_time = time.time()
     path = expert_path(task, args)
     progress = path.with_suffix(".state")  # what --resume goes on from
-    if not args.resume and process_rank() == 0:
-        progress.unlink(missing_ok=True)
-
     test = task.problems("test")[: args.test_problems or TEST_PROBLEMS.get(task.name)]
     print(f"\n{task.name}: the base model answers {len(test)} held-out problems")
     base = evaluate(model, processor, task, test)
-    expert = reinforce(model, processor, task, checkpoint=progress, **task.hyper)
+    options = {"checkpoint": progress, "on_step": log.on_step}
+    expert = reinforce(model, processor, task, **options, **task.hyper)
     accuracy = evaluate(model, processor, task, test, expert=expert)
     if process_rank() > 0:
         return ""
@@ -187,6 +225,7 @@ def train_task(model: nn.Module, processor: Processor, task: Task, args: argpars
     row = f"{task.name:15} {base:7.1%} -> {accuracy:6.1%} {len(test):7} problems "
     row += f"{path.stat().st_size:9,} B {time.time() - start_time:6.0f} s  {path}"
     print(row)
+    log.print_conclusions()
     return row
 
 
@@ -205,71 +244,15 @@ def print_summary(rows: list[str], size: str) -> None:
 def peak_memory() -> str:
     """What the process and its GPU needed at most, as a part of a sentence."""
     text = ""
-    with contextlib.suppress(ImportError):  # Windows has no resource
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        units = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-        text = f"; peak memory {peak / units:.2f} GiB"
+    peak = process_peak_gib()
+    if peak is not None:
+        text = f"; peak memory {peak:.2f} GiB"
     if torch.cuda.is_available():
         text += f", on the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     return text
 
 
 # ---- What adapt.py needs, too -------------------------------------------------------------------
-
-
-def load_model(
-    name: str, device: str | None = None, device_map: str | None = None
-) -> tuple[nn.Module, Processor]:
-    """The model and the processor of a hub id, a folder, "tiny" or "tiny-vlm".
-
-    The model is in bfloat16 on a GPU and in float32 on a CPU. device: the GPU of this process if
-    there is one, otherwise the CPU. device_map: "auto" spreads a model over several GPUs. Raises
-    Transformer2Error for a model that cannot be loaded.
-    """
-    # The libraries' notes, retries and progress bars are not for the user.
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    source = built_in_folder(name) if name in BUILT_IN_MODELS else name
-    model_class, processor_class = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        if hasattr(config, "vision_config"):
-            model_class = transformers.AutoModelForImageTextToText
-            processor_class = transformers.AutoProcessor
-        model = model_class.from_pretrained(source, dtype=dtype, device_map=device_map)
-        processor = processor_class.from_pretrained(source)
-    except Exception as error:  # no such model, a damaged file, a package that is missing
-        reason = f"{type(error).__name__}, {str(error).strip()}".splitlines()[0]
-        what = "neither 'tiny' or 'tiny-vlm', nor a folder with a model, nor to be had from the hub"
-        raise Transformer2Error(f"model {str(source)!r} is {what}: {reason}") from error
-    if device_map is None:
-        model = model.to(device)
-    return model.eval(), processor
-
-
-def built_in_folder(name: str) -> Path:
-    """The folder of a built-in model, named by its source text. The first call pretrains it."""
-    version = zlib.crc32(built_in_source(name).encode())
-    folder = CACHE / f"{name}-{version:08x}"
-    if not folder.exists():
-        model, processor = BUILT_IN_MODELS[name]()
-
-        def save(path: Path) -> None:
-            model.save_pretrained(path)
-            processor.save_pretrained(path)
-
-        try:
-            write_whole(folder, save)
-        except Transformer2Error:
-            if not folder.exists():  # otherwise another process was faster
-                raise
-    return folder
 
 
 def folder_name(model_name: str) -> str:
@@ -296,7 +279,7 @@ def check_numbers(args: argparse.Namespace, positive: list[str]) -> None:
     for name, value in vars(args).items():
         least = 1 if name in positive else 0
         # The share of --layers has a check of its own. nan is not >= anything.
-        if isinstance(value, int | float) and name != "layers" and not value >= least:
+        if isinstance(value, int | float) and name != "layers" and not least <= value < math.inf:
             flag = f"--{name.replace('_', '-')} {value}"
             raise Transformer2Error(f"{flag} is out of range: it must be at least {least}")
 

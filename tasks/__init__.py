@@ -1,13 +1,13 @@
-"""The tasks that experts are trained and tested on, and the built-in models, by name."""
+"""The tasks that experts are trained and tested on, by name."""
 
-import inspect
 import math
 from collections.abc import Callable
 from functools import partial
 
 from tasks import code, pictures, questions, tiny
-from tasks.data import offer_categories
 from tasks.data import say as say  # "as say": for others to import from here
+from tasks.models import BUILT_IN_MODELS as BUILT_IN_MODELS
+from tasks.models import built_in_source as built_in_source
 from tasks.tiny import TINY_UNSEEN as TINY_UNSEEN
 from transformer2 import Experts, Model, Processor, Task, Transformer2Error, evaluate
 
@@ -49,11 +49,6 @@ CATEGORIES = {  # classification task -> its categories
     "classify": questions.CATEGORIES,
 }
 
-BUILT_IN_MODELS: dict[str, Callable] = {  # name -> function that pretrains: (model, processor)
-    "tiny": tiny.pretrain_tiny,
-    "tiny-vlm": pictures.pretrain_tiny_vlm,
-}
-
 
 def get_task(name: str) -> Task:
     """The Task of that name. Raises Transformer2Error for an unknown one."""
@@ -79,14 +74,3 @@ def interval(share: float, count: int) -> str:
     low = abs(middle - half_width) / (1 + z2 / count)  # abs: 0, not -0
     high = (middle + half_width) / (1 + z2 / count)
     return f"{100 * low:.1f} to {100 * high:.1f}"
-
-
-def built_in_source(name: str) -> str:
-    """The source text that decides what a built-in model is: another text, another model.
-
-    It gives the folder in which the model is kept a name of its own.
-    """
-    source = inspect.getsource(tiny) + inspect.getsource(offer_categories)
-    if name == "tiny-vlm":
-        source += inspect.getsource(pictures)
-    return source

@@ -1,12 +1,16 @@
 """What the two command lines, train_expert.py and adapt.py, promise."""
 
 import argparse
+import json
 import os
+import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -95,7 +99,7 @@ def interrupt_before_saving(run_script, monkeypatch) -> Callable[..., None]:
 def test_training_writes_one_expert_a_task_and_a_table(run_script):
     printed = run_script(train_expert, *TWO_TASKS)
     names = ["addition.safetensors", "reversal.safetensors"]
-    assert sorted(os.listdir("experts/MODEL")) == names
+    assert sorted(glob("*.safetensors", root_dir="experts/MODEL")) == names
     table = printed.partition("held-out accuracy, base -> expert\n")[2]
     for name in names:
         assert f"experts/MODEL/{name}" in table
@@ -146,7 +150,16 @@ def test_resume_trains_nothing_again(run_script, interrupt_before_saving):
         resumed = t2.load_expert(f"experts/MODEL/{name}")
         for layer, z in t2.load_expert(f"whole/MODEL/{name}").items():
             assert torch.equal(resumed[layer], z)
-    assert sorted(os.listdir("experts/MODEL")) == names  # nothing is left of the progress
+
+
+def test_nothing_is_left_of_the_progress_but_experts_and_logs(run_script):
+    run_script(train_expert, *TWO_TASKS)
+    assert sorted(os.listdir("experts/MODEL")) == [
+        "addition.log.jsonl",
+        "addition.safetensors",
+        "reversal.log.jsonl",
+        "reversal.safetensors",
+    ]
 
 
 def test_without_resume_training_begins_again(run_script, interrupt_before_saving):
@@ -169,6 +182,8 @@ def test_resume_refuses_another_run_and_says_what_differs(
     refusal, interrupt_before_saving, change, name
 ):
     interrupt_before_saving("addition", *TWO_TASKS)
+    for log in glob("experts/MODEL/*.log.jsonl"):
+        os.remove(log)  # it would be refused likewise
     error = refusal(train_expert, *TWO_TASKS, "--resume", *change)
     assert "addition.state" in error
     assert re.search(rf"\b{name}\b", error)
@@ -207,7 +222,269 @@ def test_without_a_model_the_first_line_says_which_and_why(run_script, monkeypat
     train_expert.main()
     first_line = capsys.readouterr().out.splitlines()[0]
     assert first_line == "model tiny: no GPU here, so the built-in one (choose with --model)"
-    assert len(os.listdir("experts/tiny")) == 4
+    assert len(glob("experts/tiny/*.safetensors")) == 4
+
+
+# ---- The log of a training run ------------------------------------------------------------------
+
+
+def read_lines(task_name: str = "addition", kind: str = "step") -> list[dict]:
+    """The lines of a log. kind: those that have this, but of "step" only the lines of figures."""
+    lines = []
+    for line in Path(f"experts/MODEL/{task_name}.log.jsonl").read_text().splitlines():
+        content = json.loads(line)
+        if kind in content and not (kind == "step" and "samples" in content):
+            lines.append(content)
+    return lines
+
+
+def folder_bytes(folder: str = "experts") -> dict[str, bytes]:
+    """Path -> content, for all files of a folder."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def train_on(run_script, monkeypatch) -> Callable[..., str]:
+    """Trains on the task `toy` with this reward and gives what is printed. more: as for Task."""
+
+    def run(reward: Callable[[str, dict], float], *arguments: str, **more: object) -> str:
+        monkeypatch.setattr(train_expert, "get_task", lambda name: toy(reward, **more))
+        return run_script(train_expert, "--task", "toy", *FEW, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def killed_run(run_script) -> list[str]:
+    """The arguments of a run of train_expert.py that is killed after some of its 100 steps."""
+    arguments = ["--task", "addition", "--steps", "100", "--sample-every", "2", *FEW]
+    command = [sys.executable, str(SCRIPTS / "train_expert.py"), "--model", "MODEL", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    log = Path("experts/MODEL/addition.log.jsonl")
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.01)
+    time.sleep(random.random() / 5)
+    process.kill()
+    process.wait()
+    return arguments
+
+
+def test_the_log_begins_with_settings_seed_and_versions(run_script):
+    run_script(train_expert, *TWO_TASKS, "--seed", "5", "--lr", "0.5")
+    first, *others = [json.loads(line) for line in open("experts/MODEL/reversal.log.jsonl")]
+    settings = first["settings"]
+    assert settings["model"] == "MODEL"
+    assert settings["task"] == "reversal"
+    assert settings["targets"] == "mlp"
+    assert settings["layers"] == 1
+    assert settings["max_new_tokens"] == 3
+    hyper = {"steps": 1, "batch_size": 4, "lr": 0.5, "seed": 5, "validation_problems": 4}
+    assert settings | asdict(t2.Hyperparameters(**hyper)) == settings
+    assert first["seed"] == 5
+    assert first["versions"]["torch"] == torch.__version__
+    assert sorted(first["versions"]) == ["python", "torch", "transformers"]
+    assert not any("settings" in line for line in others)
+
+
+def test_the_log_has_the_figures_of_each_step_that_the_terminal_shows(train_on):
+    arguments = ["--steps", "11", "--kl-coef", "0.1", "--lr", "0.1"]
+    printed = train_on(lambda text, problem: len(text) / 7, *arguments)
+    lines = read_lines("toy")
+    assert [line["step"] for line in lines] == list(range(12))
+    shown = []
+    for line in lines:
+        assert line.pop("peak_memory_gib") > 0
+        shown.append(str(t2.StepStats(**line)))
+    assert re.findall("^step .*", printed, re.MULTILINE) == shown
+
+
+def test_a_figure_that_does_not_exist_is_null(run_script):
+    run_script(train_expert, "--task", "addition", "tiny-classify", "--steps", "2", *FEW)
+    start, first, second = read_lines()
+    assert start["validation"] is not None
+    assert {start["reward"], start["lr"], start["grad_norm"], start["cut_off"]} == {None}
+    assert first["kl"] is None  # λ = 0
+    assert first["validation"] is None
+    assert second["validation"] is not None
+    _, first, _ = read_lines("tiny-classify")
+    assert {first["mean_length"], first["cut_off"], first["tokens_per_second"]} == {None}
+
+
+def test_the_log_has_answers_every_few_steps_and_in_the_last(run_script):
+    arguments = ["--task", "addition", "--steps", "5", "--sample-every", "2", *FEW]
+    run_script(train_expert, *arguments)
+    lines = read_lines(kind="samples")
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    references = {}
+    for problem in train_expert.get_task("addition").problems("train"):
+        references[problem["question"]] = problem["answer"]
+    for line in lines:
+        assert len(line["samples"]) == 3
+        for sample in line["samples"]:
+            assert isinstance(sample["answer"], str)
+            assert sample["reward"] == -1  # of a random model
+            assert sample["reference"] == references[sample["question"]]
+
+
+def test_a_killed_run_leaves_whole_lines_only(killed_run):
+    log = Path("experts/MODEL/addition.log.jsonl").read_text()
+    assert log.endswith("\n")
+    numbers = [json.loads(line).get("step", -1) for line in log.splitlines()]
+    assert 2 <= max(numbers) < 100
+    assert numbers == sorted(numbers)
+
+
+def test_resume_goes_on_in_the_log_without_a_gap_or_a_repeated_step(killed_run, run_script):
+    before = read_lines()
+    run_script(train_expert, *killed_run, "--resume")
+    lines = read_lines()
+    assert [line["step"] for line in lines] == list(range(101))
+    assert [line["step"] for line in read_lines(kind="samples")] == list(range(2, 101, 2))
+    assert lines[: len(before) - 1] == before[:-1]  # the last may have been trained again
+
+
+def test_resume_trains_the_steps_again_that_are_in_the_log_only(
+    run_script, interrupt_before_saving
+):
+    log, progress = Path("experts/MODEL/addition.log.jsonl"), "experts/MODEL/addition.state"
+    interrupt_before_saving("addition", *TWO_TASKS)
+    before = log.read_text()
+    os.remove(progress)
+    log.write_text(before + '{"step": 2, "rew')  # a full disk
+    run_script(train_expert, *TWO_TASKS, "--resume")
+    assert [line["step"] for line in read_lines()] == [0, 1]
+
+
+def test_resume_without_a_log_starts_one(run_script, interrupt_before_saving):
+    arguments = ["--task", "addition", "reversal", "--steps", "2", *FEW]
+    interrupt_before_saving("addition", *arguments)
+    os.remove("experts/MODEL/reversal.log.jsonl")
+    run_script(train_expert, *arguments, "--resume")
+    assert [line["step"] for line in read_lines("reversal")] == [0, 1, 2]
+    assert len(read_lines("reversal", "settings")) == 1
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (["--lr", "0.5"], "lr"),
+        (["--seed", "5"], "seed"),
+        (["--layers", "0.5"], "layers"),
+        (["--kl-coef", "0.1"], "kl_coef"),
+        (["--max-new-tokens", "4"], "max_new_tokens"),
+        (["--targets", "attention"], "targets"),
+    ],
+)
+def test_resume_refuses_a_log_of_other_settings(run_script, refusal, change, name):
+    run_script(train_expert, *TWO_TASKS)
+    before = folder_bytes()
+    error = refusal(train_expert, *TWO_TASKS, "--resume", *change)
+    assert f"addition.log.jsonl belongs to a run with other settings ({name})" in error
+    assert folder_bytes() == before
+
+
+def test_resume_refuses_a_log_that_is_none(run_script, refusal):
+    run_script(train_expert, *TWO_TASKS)
+    Path("experts/MODEL/addition.log.jsonl").write_text("5\n")
+    before = folder_bytes()
+    error = refusal(train_expert, *TWO_TASKS, "--resume")
+    assert "addition.log.jsonl is not the log of a training run" in error
+    assert folder_bytes() == before
+
+
+def test_resume_takes_a_log_of_other_versions(run_script):
+    run_script(train_expert, *TWO_TASKS)
+    log = Path("experts/MODEL/addition.log.jsonl")
+    log.write_text(log.read_text().replace(torch.__version__, "1.0"))
+    run_script(train_expert, *TWO_TASKS, "--resume")
+    assert [line["step"] for line in read_lines()] == [0, 1]
+
+
+def test_a_new_run_replaces_log_and_expert_together(run_script, interrupt_before_saving):
+    run_script(train_expert, *TWO_TASKS, "--lr", "0.5")
+    interrupt_before_saving("addition", *TWO_TASKS)
+    assert not glob("experts/MODEL/*.safetensors")
+    assert [line["step"] for line in read_lines()] == [0, 1]
+    run_script(train_expert, *TWO_TASKS, "--resume")
+
+
+def test_a_log_that_cannot_be_written_is_met_before_anything_is_overwritten(run_script, refusal):
+    run_script(train_expert, *TWO_TASKS)
+    os.remove("experts/MODEL/reversal.log.jsonl")
+    os.mkdir("experts/MODEL/reversal.log.jsonl")
+    before = folder_bytes()
+    error = refusal(train_expert, *TWO_TASKS, "--lr", "0.5")
+    assert error.startswith("error: cannot write experts/MODEL/reversal.log.jsonl: ")
+    assert folder_bytes() == before
+
+
+def test_a_dataset_that_cannot_be_read_is_met_before_anything_is_overwritten(
+    run_script, refusal, monkeypatch
+):
+    def missing(split):
+        raise t2.Transformer2Error("there is no dataset")
+
+    run_script(train_expert, *TWO_TASKS)
+    before = folder_bytes()
+    task = train_expert.get_task("reversal")
+    monkeypatch.setitem(train_expert.TASKS, "reversal", lambda: replace(task, problems=missing))
+    assert "no dataset" in refusal(train_expert, *TWO_TASKS, "--lr", "0.5")
+    assert folder_bytes() == before
+
+
+# ---- What goes wrong in training is said --------------------------------------------------------
+
+
+def warnings_in(printed: str) -> list[str]:
+    return re.findall("^warning: (.*)", printed, re.MULTILINE)
+
+
+def test_answers_that_are_cut_off_are_said_the_first_and_every_tenth_time(run_script):
+    printed = run_script(train_expert, "--task", "addition", "--steps", "12", *FEW)
+    said = [line for line in warnings_in(printed) if "cut off" in line]
+    assert len(said) == 2
+    assert said[0].startswith("step 1: ")
+    assert said[1].startswith("step 11: ")
+    assert "--max-new-tokens" in said[0]
+
+
+def test_equal_rewards_are_said(train_on):
+    printed = train_on(lambda text, problem: 0.7, "--steps", "2", "--batch-size", "3")
+    assert "step 1: all rewards are equal (+0.700): " in "\n".join(warnings_in(printed))
+
+
+def test_a_step_that_is_left_out_is_said_counted_and_null_in_the_log(train_on):
+    def reward(text: str, problem: dict) -> float:
+        if problem["question"] < "What is 8":  # those to train on
+            return float("inf")
+        return 1.0
+
+    printed = train_on(reward, "--steps", "3")
+    said = warnings_in(printed)
+    assert "step 1: its gradient or loss is not finite: the step was left out" in said
+    assert "3 of 3 steps were left out, as gradient or loss was not finite" in said
+    for line in read_lines("toy")[1:]:
+        assert line["skipped"]
+        assert line["grad_norm"] is None
+
+
+def test_a_run_that_learns_nothing_says_so_at_the_end(train_on):
+    printed = train_on(lambda text, problem: len(problem["question"]) / 100, "--steps", "2")
+    said = warnings_in(printed)
+    assert said[-1].startswith("nothing was learned, no step was better on validation than")
+    assert "experts/MODEL/toy.log.jsonl" in said[-1]
+
+
+def test_a_run_that_learns_has_no_warning(train_on):
+    def reward(text: str, problem: dict) -> float:
+        return 1.0 if text == "D" else -1.0
+
+    arguments = ["--steps", "3", "--lr", "0.1"]
+    printed = train_on(reward, *arguments, choices=["A", "B", "C", "D"])
+    first, last = re.findall(r"validation (\S+)%", printed)
+    assert float(last) > float(first)
+    assert warnings_in(printed) == []
 
 
 # ---- adapt.py -----------------------------------------------------------------------------------
@@ -355,9 +632,11 @@ def test_adapt_shows_what_each_expert_says_of_pictures(capsys):
         (["--steps", "-1"], "--steps -1 is out of range: it must be at least 0"),
         (["--batch-size", "0"], "--batch-size 0 is out of range"),
         (["--kl-coef", "nan"], "--kl-coef nan is out of range"),
-        (["--kl-coef", "-0.1"], "--kl-coef -0.1 is out of range"),
+        (["--kl-coef", "inf"], "--kl-coef inf is out of range"),
+        (["--kl-coef", "-1"], "--kl-coef -1.0 is out of range"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0 is out of range"),
         (["--test-problems", "0"], "--test-problems 0 is out of range"),
+        (["--sample-every", "0"], "--sample-every 0 is out of range: it must be at least 1"),
         (["--seed", "-1"], "seed -1 is out of range"),
         (["--seed", "2147483649"], "seed 2147483649 is out of range"),
         (["--out", "MODEL/config.json"], "MODEL/config.json"),
