@@ -41,6 +41,7 @@ from transformer2 import (
     reinforce,
     save_expert,
     svf_layers,
+    token_budget,
 )
 
 MEMORY_ADVICE = (
@@ -59,8 +60,9 @@ def main() -> None:
         size = decompose_targets(model, args)
         logs = open_logs(tasks, args)
     rows = []
-    for task, log in zip(tasks, logs):
-        rows.append(train_task(model, processor, task, log, args))
+    with token_budget(model, args.token_budget):
+        for task, log in zip(tasks, logs):
+            rows.append(train_task(model, processor, task, log, args))
     remove_progress(tasks, args)
     print_summary(rows, size)
 
@@ -77,7 +79,11 @@ def read_arguments() -> argparse.Namespace:
     add("--layers", type=float, default=1.0, help="share of the blocks that train, the last; to 1")
     add("--steps", type=int, help="updates of z; this and the next three: default the task's own")
     add("--batch-size", type=int, help="problems in an update")
-    add("--token-budget", type=int, help="tokens in a micro-batch of an update; fewer: less memory")
+    add(
+        "--token-budget",
+        type=int,
+        help="most tokens in a batch, whatever it is for; fewer: less memory",
+    )
     add("--lr", type=float, help="learning rate; it falls to 0 along a cosine")
     add("--kl-coef", type=float, help="λ, the weight of the KL; at 0, the default, not computed")
     add("--validation-problems", type=int, help="the first N choose the best step; 128")
