@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from tasks import CATEGORIES, TASKS, TEST_PROBLEMS, TINY_UNSEEN, accuracies, get_task, interval, say
+from tasks import CATEGORIES, TASKS, TEST_PROBLEMS, TINY_UNSEEN, four_orders, get_task, say, scores
 from train_expert import CACHE, check_numbers, default_model, folder_name, guarded, load_model
 from transformer2 import (
     Expert,
@@ -176,9 +176,7 @@ def show_dispatch(library: Library, dispatch: Task, args: argparse.Namespace) ->
     truth = [problem["answer"] for problem in problems]
     prompts = [say(problem) for problem in problems]
     model, processor, categories = library.model, library.processor, list(library.by_category)
-    # Of four categories, each stands in each place once, and after each other one once.
-    mixed = categories[1::2] + categories[::2]
-    orders = [categories, categories[::-1], mixed, mixed[::-1]]
+    orders = four_orders(categories)
     for strategy, expert in library.classifiers.items():
         counts = Counter()
         accuracy = {}
@@ -230,9 +228,8 @@ def show_tasks(library: Library, tasks: list[Task], args: argparse.Namespace) ->
 def show_score(label: str, library: Library, task: Task, test: list, expert: Experts) -> None:
     """Prints accuracy and its 95 % interval on `test`. expert: as for transformer2.evaluate."""
     start_time = time.time()
-    shares = accuracies(library.model, library.processor, task, test, expert)
-    figures = [f"{n} {share:6.1%} ({interval(share, len(test))})" for n, share in shares.items()]
-    print(f"  {label:24} {', '.join(figures)}  {time.time() - start_time:5.1f} s", flush=True)
+    figures = scores(library.model, library.processor, task, test, expert)
+    print(f"  {label:24} {figures}  {time.time() - start_time:5.1f} s", flush=True)
 
 
 def show_few_shot(library: Library, task: Task, test: list[dict], args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ import train_expert
 import transformer2 as t2
 from experiments.curves import write_text
 from experiments.speed import about_this_run
-from tasks import CATEGORIES, get_task, say
+from tasks import CATEGORIES, four_orders, get_task, say
 
 
 def main() -> None:
@@ -43,12 +43,6 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="hub id or folder")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser.parse_args()
-
-
-def four_orders(categories: list[str]) -> list[list[str]]:
-    """Of four categories, each stands in each place once, and after each other one once."""
-    mixed = categories[1::2] + categories[::2]
-    return [categories, categories[::-1], mixed, mixed[::-1]]
 
 
 def kind_of(problem: dict) -> str:

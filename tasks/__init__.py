@@ -66,6 +66,22 @@ def accuracies(
     return {"acc": evaluate(model, processor, task, problems, expert=expert)}
 
 
+def scores(
+    model: Model, processor: Processor, task: Task, problems: list[dict], expert: Experts
+) -> str:
+    """The accuracies with their 95 % intervals, as text."""
+    texts = []
+    for name, share in accuracies(model, processor, task, problems, expert).items():
+        texts.append(f"{name} {share:6.1%} ({interval(share, len(problems))})")
+    return ", ".join(texts)
+
+
+def four_orders(categories: list[str]) -> list[list[str]]:
+    """Of four categories, each stands in each place once, and after each other one once."""
+    mixed = categories[1::2] + categories[::2]
+    return [categories, categories[::-1], mixed, mixed[::-1]]
+
+
 def interval(share: float, count: int) -> str:
     """The 95 % interval of Wilson for a share of `count` problems, in percent."""
     z2 = 1.96**2  # of the normal distribution's 97.5 % quantile
