@@ -352,12 +352,6 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
     return stats, likeliest
 
 
-def draw_problems(problems: list[dict], count: int, seed: int) -> list[dict]:
-    """Some of the problems, each at most once, in random order."""
-    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed))
-    return [problems[i] for i in order[:count]]
-
-
 def descend(progress, stats: StepStats, hp: Hyperparameters) -> None:
     """A step of AdamW along the gradient; none if that is not finite. Completes the figures."""
     parameters = progress.parameters.values()
@@ -440,25 +434,6 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
         model, processor, prompts, task.prefill, tokens, "gradient", add_batch_gradient
     )
     return gather_shares(groups)
-
-
-def step_stats(step, task, answers: list[list[Answer]], hp, rollout_seconds: float) -> StepStats:
-    """The figures of a step that its answers tell."""
-    stats = StepStats(step, kl_coef=hp.kl_coef)
-    batch = [answer for group in answers for answer in group]
-    stats.reward = sum(answer.weight * answer.reward for answer in batch)
-    stats.reward_deviation = 0.0  # exactly, if all are equal; the weights are rounded
-    if len({answer.reward for answer in batch}) > 1:
-        squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in batch)
-        stats.reward_deviation = math.sqrt(squares)
-    if hp.kl_coef > 0:
-        stats.kl = sum(a.weight * (a.log_prob - a.ref_log_prob) for a in batch)
-    if task.choices is None:
-        num_tokens = sum(len(answer.tokens) for answer in batch)
-        stats.mean_length = num_tokens / len(batch)
-        stats.cut_off = sum(answer.cut_off for answer in batch) / len(batch)
-        stats.tokens_per_second = num_tokens / rollout_seconds
-    return stats
 
 
 def set_advantages(answers: list[Answer], use_baseline: bool) -> None:
@@ -1434,6 +1409,31 @@ class Progress:
         self.best, self.best_score = state["best"], state["best_score"]
         self.set_values(state["values"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def draw_problems(problems: list[dict], count: int, seed: int) -> list[dict]:
+    """Some of the problems, each at most once, in random order."""
+    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed))
+    return [problems[i] for i in order[:count]]
+
+
+def step_stats(step, task, answers: list[list[Answer]], hp, rollout_seconds: float) -> StepStats:
+    """The figures of a step that its answers tell."""
+    stats = StepStats(step, kl_coef=hp.kl_coef)
+    batch = [answer for group in answers for answer in group]
+    stats.reward = sum(answer.weight * answer.reward for answer in batch)
+    stats.reward_deviation = 0.0  # exactly, if all are equal; the weights are rounded
+    if len({answer.reward for answer in batch}) > 1:
+        squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in batch)
+        stats.reward_deviation = math.sqrt(squares)
+    if hp.kl_coef > 0:
+        stats.kl = sum(a.weight * (a.log_prob - a.ref_log_prob) for a in batch)
+    if task.choices is None:
+        num_tokens = sum(len(answer.tokens) for answer in batch)
+        stats.mean_length = num_tokens / len(batch)
+        stats.cut_off = sum(answer.cut_off for answer in batch) / len(batch)
+        stats.tokens_per_second = num_tokens / rollout_seconds
+    return stats
 
 
 def process_rank() -> int:

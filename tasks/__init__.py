@@ -11,16 +11,12 @@ from tasks.models import built_in_source as built_in_source
 from tasks.tiny import TINY_UNSEEN as TINY_UNSEEN
 from transformer2 import Experts, Model, Processor, Task, Transformer2Error, evaluate
 
-TASKS: dict[str, Callable[[], Task]] = {  # name -> function that makes the task
-    # the small world of the model "tiny"
-    "addition": partial(tiny.tiny_task, "addition"),
-    "reversal": partial(tiny.tiny_task, "reversal"),
-    "largest": partial(tiny.tiny_task, "largest"),
-    "greeting": partial(tiny.tiny_task, "greeting"),
-    "last-letter": partial(tiny.tiny_task, "last-letter"),
-    "smallest": partial(tiny.tiny_task, "smallest"),
-    "tiny-classify": tiny.tiny_classify,
-    # questions and programs
+Tasks = dict[str, Callable[[], Task]]  # name -> function that makes the task
+# The small world of the model "tiny".
+TINY_TASKS: Tasks = {"tiny-classify": tiny.tiny_classify}
+for name in ["addition", "reversal", "largest", "greeting", "last-letter", "smallest"]:
+    TINY_TASKS[name] = partial(tiny.tiny_task, name)
+QUESTION_TASKS: Tasks = {
     "classify": questions.real_classify,
     "gsm8k": questions.gsm8k,
     "mbpp": code.mbpp,
@@ -30,11 +26,13 @@ TASKS: dict[str, Callable[[], Task]] = {  # name -> function that makes the task
     "arc-easy-scored": partial(questions.arc_scored, "ARC-Easy"),
     "arc-challenge-scored": partial(questions.arc_scored, "ARC-Challenge"),
     "humaneval": code.humaneval,
-    # pictures (the answers of TextVQA's test split are secret)
+}
+PICTURE_TASKS: Tasks = {  # the answers of TextVQA's test split are secret
     "textvqa": partial(pictures.vqa, "textvqa", "lmms-lab/textvqa", "validation"),
     "okvqa": partial(pictures.vqa, "okvqa", "lmms-lab/OK-VQA", "val2014"),
     "easy-vqa": pictures.easy_vqa,
 }
+TASKS: Tasks = {**TINY_TASKS, **QUESTION_TASKS, **PICTURE_TASKS}
 
 DEFAULT_TASKS = {  # built-in model -> the tasks that train without --task
     "tiny": ["addition", "reversal", "largest", "tiny-classify"],
