@@ -182,20 +182,27 @@ def draw(curves: list[Curve]) -> str:
     summaries = summarise(curves)
     last_step = max(summary.steps[-1] for summary in summaries)
     seeds = len({curve.seed for curve in curves})
-    parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' "
-        f"width='{WIDTH}' height='{HEIGHT}' {FONT} font-size='13' role='img'>",
-        "<title>Accuracy of the experts of the tiny model over the training steps</title>",
-        f"<rect width='{WIDTH}' height='{HEIGHT}' rx='8' fill='white'/>",
-    ]
-    parts += draw_axes(last_step)
+    parts = draw_axes(last_step)
     for summary in summaries:
         parts += draw_band(summary, last_step)
     for summary in summaries:
         parts += draw_line(summary, last_step)
     parts += draw_legend(summaries, seeds)
-    parts.append("</svg>")
-    return "\n".join(parts) + "\n"
+    title = "Accuracy of the experts of the tiny model over the training steps"
+    return svg(title, HEIGHT, parts)
+
+
+def svg(title: str, height: int, parts: list[str]) -> str:
+    """The text of an SVG file: the parts on a white ground, so that a dark page shows them, too."""
+    lines = [
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' "
+        f"width='{WIDTH}' height='{height}' {FONT} font-size='13' role='img'>",
+        f"<title>{title}</title>",
+        f"<rect width='{WIDTH}' height='{height}' rx='8' fill='white'/>",
+        *parts,
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def x_of(step: float, last_step: int) -> float:
@@ -219,14 +226,20 @@ def points(steps: list[int], values: list[float], last_step: int) -> str:
     return " ".join(pairs)
 
 
-def draw_axes(last_step: int) -> list[str]:
-    """The grid, its numbers, what they mean, and a dashed line where the base model is."""
-    gray, dark = "fill='#666'", "fill='#222'"
+def draw_grid(left: float, right: float) -> list[str]:
+    """Lines from left to right (pixels) at some accuracies, and their numbers."""
     parts = []
     for percent in (0, 25, 50, 75, 100):
         y = y_of(percent / 100)
-        parts.append(f"<path d='M{LEFT} {y:.1f}H{RIGHT}' stroke='#e4e4e4'/>")
-        parts.append(text(LEFT - 10, y + 4, f"{percent} %", f"text-anchor='end' {gray}"))
+        parts.append(f"<path d='M{left:g} {y:.1f}H{right:g}' stroke='#e4e4e4'/>")
+        parts.append(text(left - 10, y + 4, f"{percent} %", "text-anchor='end' fill='#666'"))
+    return parts
+
+
+def draw_axes(last_step: int) -> list[str]:
+    """The grid, its numbers, what they mean, and a dashed line where the base model is."""
+    gray, dark = "fill='#666'", "fill='#222'"
+    parts = draw_grid(LEFT, RIGHT)
     for fifth in range(6):
         step = round(last_step * fifth / 5)
         x = x_of(step, last_step)
