@@ -16,6 +16,7 @@ import contextlib
 import glob
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -212,7 +213,7 @@ class Hyperparameters:
     baseline: bool = True  # subtract the mean of the other rewards; not with choices
     validate_every: int = 10  # steps; the best z is the result, at a tie the later one
     validation_problems: int = 128
-    token_budget: int | None = None  # most tokens in a batch; None: BATCH_TOKENS, or what fits
+    token_budget: int | None = None  # lowers BATCH_TOKENS; tokens of a batch, with padding
     checkpointing: bool = False  # less memory for activations, a third more time
     seed: int = 0  # decides which problems and answers are drawn
 
@@ -239,7 +240,7 @@ class StepStats:
 
     step: int = 0
     reward: float | None = None  # the mean over the problems
-    reward_deviation: float | None = None  # standard deviation; 0: nothing can be learned
+    reward_deviation: float | None = None  # standard deviation; 0: rewards teach nothing
     kl: float | None = None  # KL(π_W' ‖ π_W), estimated unless there are choices
     kl_coef: float | None = None  # λ
     grad_norm: float | None = None  # before clipping
@@ -282,9 +283,9 @@ def reinforce(
     Trains whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns the values
     with the best validation accuracy, and puts the starting values back. hyperparameters: fields of
     Hyperparameters. checkpoint: a file for the progress after each step; if it exists, the run goes
-    on from there. on_step: gets the figures and the answers of each step (none in step 0; of
-    choices the likeliest), before they are in the checkpoint. Raises Transformer2Error for no
-    problems, nothing that requires gradients, a KL without a base model, a checkpoint that is
+    on from there. on_step: gets the figures of each step and its answers (none in step 0; the
+    likeliest ones of choices) before the checkpoint is written. Raises Transformer2Error for no
+    problems, nothing that requires gradients, a KL without a base model, or a checkpoint that is
     damaged or of another run.
     """
     hp = Hyperparameters(**hyperparameters)
@@ -298,10 +299,10 @@ def reinforce(
         print(f"note: the batch of {hp.batch_size} is {cut}", file=sys.stderr)
     held_out_problems = task.problems("validation")[: hp.validation_problems]
     progress = Progress(model, task, hp)
-    if checkpoint is not None and Path(checkpoint).exists():
-        progress.load(checkpoint)
-    start_time, first_step = time.time(), progress.next_step
     with token_budget(model, hp.token_budget), progress.start_put_back():
+        if checkpoint is not None and Path(checkpoint).exists():
+            progress.load(checkpoint)
+        start_time, first_step = time.time(), progress.next_step
         for step in range(first_step, hp.steps + 1):
             stats, answers = StepStats(), []
             if step > 0:  # step 0 only validates the start
@@ -346,6 +347,7 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
     stats = step_stats(step, task, answers, hp, rollout_seconds)
     descend(progress, stats, hp)
     stats.seconds = time.time() - start_time
+    # 5) For on_step: the likeliest choice, or the one sampled answer, to each problem.
     likeliest = [max(choices, key=lambda answer: answer.log_prob) for choices in answers]
     for problem, answer in zip(problems, likeliest):
         answer.problem = problem
@@ -353,7 +355,7 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
 
 
 def descend(progress, stats: StepStats, hp: Hyperparameters) -> None:
-    """A step of AdamW along the gradient; none if that is not finite. Completes the figures."""
+    """A step of AdamW, unless the gradient is not finite. Sets grad_norm, lr and skipped."""
     parameters = progress.parameters.values()
     stats.grad_norm = nn.utils.clip_grad_norm_(parameters, hp.max_grad_norm).item()
     stats.lr = hp.lr * (1 + math.cos(math.pi * (stats.step - 1) / hp.steps)) / 2
@@ -375,10 +377,10 @@ def rollout(model, processor, task, problems, expert, temperature, seed) -> list
         sampling = (task.max_new_tokens, temperature, task.prefill, seed)
         completions = generate_tokens(model, processor, prompts, expert, numbers, *sampling)
         texts = prepared_tokenizer(processor).batch_decode(completions, skip_special_tokens=True)
-        answers = [Answer(tokens, text) for tokens, text in zip(completions, texts)]
         ends = generation_settings(model, processor).eos_token_id or []
-        for answer in answers:
-            answer.cut_off = answer.tokens[-1] not in ends
+        answers = []
+        for tokens, text in zip(completions, texts):
+            answers.append(Answer(tokens, text, cut_off=tokens[-1] not in ends))
     else:
         answers = likeliest_choices(model, processor, task, problems, expert)
     for answer, problem in zip(answers, problems):
@@ -395,7 +397,7 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     """
     use_baseline = hp.baseline and task.choices is None
     set_advantages([answer for group in answers for answer in group], use_baseline)
-    num_problems = len(problems)
+    num_problems = len(problems)  # of all processes
     # With several processes, each adds its own problems' part.
     problems, answers = my_share(problems), my_share(answers)
     prompts = [task.conversation(problem) for problem in problems]
@@ -417,8 +419,8 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
                 weights = weights * log_probs.detach().exp()
             advantages = log_probs.new_tensor([answer.advantage for answer in batch])
             loss = reinforce_loss(log_probs, ref_log_probs, advantages, hp.kl_coef, weights)
-            if not loss.isfinite():  # then the gradient is nan, and the step is left out
-                loss = loss * math.nan
+            if not loss.isfinite():
+                loss = loss * math.nan  # makes the gradient nan, so that descend skips the step
             # All or nothing: backward() would leave a part in z.grad if memory ran out halfway.
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         for parameter, gradient in zip(parameters, gradients):
@@ -864,12 +866,12 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, device: torch.device, seed: int, numbers: list[int], temperature: float):
         self.temperature = temperature
-        # A GPU draws the noise of 256 numbers at once, as a call takes it longer than the drawing.
+        # On a GPU one generator serves 256 neighbours: to start a call takes longer than to draw.
         self.block_size = 1 if device.type == "cpu" else NOISE_BLOCK
         self.rows: dict[int, list[int]] = {}  # block -> the batch's rows whose numbers are in it
         for row, number in enumerate(numbers):
             self.rows.setdefault(number // self.block_size, []).append(row)
-        self.places = torch.tensor(numbers, device=device) % self.block_size  # in their blocks
+        self.place_in_block = torch.tensor(numbers, device=device) % self.block_size
         self.generators = {}
         for block in self.rows:
             block_seed = (seed * 1_000_003 + block) % 2**63  # torch takes seeds below 2**63
@@ -880,28 +882,27 @@ class RowSampler(LogitsProcessor):
         for block, rows in self.rows.items():
             drawn = noise.new_empty(self.block_size, scores.shape[1])
             drawn.exponential_(generator=self.generators[block])
-            noise[rows] = drawn[self.places[rows]]
+            noise[rows] = drawn[self.place_in_block[rows]]
         noise = noise.clamp(min=2**-24)  # some devices draw an exact 0
         return scores.float() / self.temperature - noise.log()
 
 
 def folding_pays(model, expert: Experts, temperature: float, inputs: dict, new_tokens: int) -> bool:
-    """True if generate should build W' instead of running the factors. That takes as long as it
-    saves in some 60 tokens.
+    """True if generate should build W' instead of running the factors.
 
-    The dense weights have to fit beside the key-value cache. In bfloat16 W' is rounded, which moves
-    log-probabilities (of a sampled token of SmolLM2 by 0.04): there an answer is sampled from the
-    factors, which are what trains. In float32 it is 4e-6.
+    Building W' costs about what it saves in 60 tokens. In bfloat16 W' is rounded, which moves the
+    log-probability of a sampled token by 0.04 (SmolLM2; in float32 by 4e-6): there a sampled answer
+    comes from the factors, which are what trains. W' has to fit beside the key-value cache.
     """
+    exact = temperature == 0 or model.dtype == torch.float32
+    if isinstance(expert, list) or not exact or new_tokens < 64:
+        return False
     rows, prompt_length = inputs["input_ids"].shape
     layers = svf_layers(model).values()
     dense_size = sum(layer.out_features * layer.in_features for layer in layers)
     memory = dense_size * model.dtype.itemsize
     memory += rows * (prompt_length + new_tokens) * cache_bytes(model)
-    exact = temperature == 0 or model.dtype == torch.float32
-    return (
-        not isinstance(expert, list) and exact and new_tokens >= 64 and memory <= free_memory(model)
-    )
+    return memory <= free_memory(model)
 
 
 def folded(model, enabled: bool) -> contextlib.AbstractContextManager:
@@ -1000,7 +1001,7 @@ def apply_chat_template(processor, conversations, prefill: str) -> dict:
     start = [{"role": "assistant", "content": prefill}] if prefill else []
     # Copies of the messages, which are changed below.
     prompts = [[dict(message) for message in [*turns, *start]] for turns in conversations]
-    for message in sum(prompts, []):
+    for message in itertools.chain(*prompts):
         if sees_pictures(processor):
             message["content"] = content_parts(message["content"])
         elif not isinstance(message["content"], str):
@@ -1035,8 +1036,8 @@ def run_in_batches(
     """compute(row numbers, encoded prompts), batch by batch: its results for each conversation.
 
     completions: for each prompt, the token lists that may follow it: one answer, or all its
-    choices. kind: a key of BATCH_TOKENS. A batch that the device has no memory for is cut in half,
-    and later ones are no larger. Raises Transformer2Error for a row that does not fit alone.
+    choices. kind: a key of BATCH_TOKENS. If a GPU has no memory for a batch, this one and all later
+    ones are at most half as large. Raises Transformer2Error for a row that does not fit alone.
     """
     # 1) Encode the prompts: text all at once; pictures, which are large, 256 at a time and only
     #    for their lengths.
@@ -1059,9 +1060,11 @@ def run_in_batches(
                 longest = max(lengths[row] for row in rows)
                 inputs = {name: tensor[rows, -longest:] for name, tensor in encoded.items()}
             # 4) Run it. If the memory is too small, all rows without results get smaller groups.
+            computed = None
             with contextlib.suppress(torch.OutOfMemoryError):
-                results.update(zip(rows, compute(rows, inputs)))
-            if rows[0] in results:
+                computed = compute(rows, inputs)
+            if computed is not None:
+                results.update(zip(rows, computed))
                 waiting.pop(0)
                 bar.update(len(rows))
             else:
@@ -1076,14 +1079,15 @@ def group_rows(model, kind: str, rows, lengths: list[int], completions: list) ->
     """Rows of similar length in groups for run_in_batches, the longest first."""
     limit, context = most_tokens(model, kind), context_length(model)
     vocabulary = model.config.get_text_config().vocab_size
-    logits_per_token = 0 if kind == "generation" else vocabulary  # generation keeps no logits
+    logits_per_token = 0 if kind == "generation" else vocabulary  # it keeps those of no token
 
     def total_length(row: int) -> int:
         return lengths[row] + max(len(completion) for completion in completions[row])
 
     def fit_together(rows: list[int]) -> bool:
         tokens, new_tokens = count_tokens(rows, lengths, completions)
-        # Generation cuts an answer that may exceed the context: such a row goes alone.
+        # The first row is the longest. Generation ends a whole batch at the end of the context, so
+        # a row that may get there goes alone.
         in_context = total_length(rows[0]) <= context
         return in_context and tokens <= limit and new_tokens * logits_per_token <= LOGIT_BUDGET
 
@@ -1099,7 +1103,8 @@ def group_rows(model, kind: str, rows, lengths: list[int], completions: list) ->
 def count_tokens(rows: list[int], lengths: list[int], completions: list) -> tuple[int, int]:
     """Tokens of a batch with padding: all of them, and those of the completions.
 
-    An upper bound: each prompt counts with the most completions (cache copies) of the rows.
+    An upper bound: every row counts with as many completions as the row with most, each with a copy
+    of the prompt.
     """
     sequences = len(rows) * max(len(completions[row]) for row in rows)
     prompt_length = max(lengths[row] for row in rows)
@@ -1109,16 +1114,16 @@ def count_tokens(rows: list[int], lengths: list[int], completions: list) -> tupl
 
 def most_tokens(model, kind: str) -> float:
     """How many tokens a batch may have, padding included. kind: a key of BATCH_TOKENS."""
-    limit, memory = BATCH_TOKENS[kind], free_memory(model)
-    if kind == "generation" and memory < math.inf:
-        limit = memory / cache_bytes(model)
+    limit = BATCH_TOKENS[kind]
+    if kind == "generation" and free_memory(model) < math.inf:  # on a GPU
+        limit = free_memory(model) / cache_bytes(model)
     budget = vars(model).get("token_budget", math.inf)  # set by token_budget
     fitted = vars(model).get("fitting_tokens", {}).get(kind, math.inf)  # set by halve_batches
     return min(limit, budget, fitted)
 
 
 def halve_batches(model, kind: str, num_rows: int, tokens: int) -> None:
-    """Bounds later batches by half the size of one that the memory was too small for.
+    """Bounds all later batches of a kind by half the size of one that found no memory.
 
     Raises Transformer2Error if that was a single row.
     """
@@ -1143,15 +1148,16 @@ def token_budget(model, tokens: int | None) -> contextlib.AbstractContextManager
 
 
 def free_memory(model) -> float:
-    """Bytes that a GPU can still give, less a tenth. A CPU has no such bound: it ends a process."""
-    if model.device.type != "cuda":
+    """Bytes that the model's GPU can still give, less a tenth; infinite without a GPU."""
+    device = model.device
+    if device.type != "cuda":
         return math.inf
-    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return 0.9 * (torch.cuda.mem_get_info()[0] + unused)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 0.9 * (torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def cache_bytes(model) -> int:
-    """Bytes of a token in the key-value cache, at most."""
+    """Bytes of a token in the key-value cache, without a sliding window."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -1318,7 +1324,7 @@ def stack_experts(expert: Experts, layers: dict[str, SVFLinear]) -> dict[str, to
             reason = f"mixture-of-experts layer {name} cannot tell the rows of a batch apart"
             raise Transformer2Error(f"{reason}: use one expert for all, or adapt other layers")
         ones = torch.ones_like(layer.s)
-        rows = [row_expert.get(name, ones).to(ones) for row_expert in row_experts]
+        rows = [row_expert.get(name, ones).detach().to(ones) for row_expert in row_experts]
         stacked[name] = torch.stack(rows) if isinstance(expert, list) else rows[0]
     return stacked
 
@@ -1399,16 +1405,17 @@ class Progress:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             theirs = state["settings"]
-        except Exception as error:
+            differing = [name for name in self.settings if theirs.get(name) != self.settings[name]]
+            if not differing:
+                self.next_step = state["next_step"]
+                self.best, self.best_score = state["best"], state["best_score"]
+                self.set_values(state["values"])
+                self.optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:  # of many kinds
             raise Transformer2Error(f"cannot read {path}: delete it to begin again") from error
-        differing = [name for name in self.settings if theirs.get(name) != self.settings[name]]
         if differing:
             reason = f"{path} belongs to a run with other settings ({', '.join(differing)})"
             raise Transformer2Error(f"{reason}: go on with the same, or delete it")
-        self.next_step = state["next_step"]
-        self.best, self.best_score = state["best"], state["best_score"]
-        self.set_values(state["values"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def draw_problems(problems: list[dict], count: int, seed: int) -> list[dict]:
@@ -1422,7 +1429,7 @@ def step_stats(step, task, answers: list[list[Answer]], hp, rollout_seconds: flo
     stats = StepStats(step, kl_coef=hp.kl_coef)
     batch = [answer for group in answers for answer in group]
     stats.reward = sum(answer.weight * answer.reward for answer in batch)
-    stats.reward_deviation = 0.0  # exactly, if all are equal; the weights are rounded
+    stats.reward_deviation = 0.0  # where all are equal, a weighted sum would have rounding errors
     if len({answer.reward for answer in batch}) > 1:
         squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in batch)
         stats.reward_deviation = math.sqrt(squares)

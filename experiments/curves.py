@@ -276,22 +276,27 @@ def what_differs(settings: dict, all_settings: list[dict]) -> str:
 
 def draw_charts(title: str, charts: list[Chart], legend: list[str]) -> str:
     """The text of an SVG file."""
-    height = HEIGHT * len(charts)
-    parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' "
-        f"width='{WIDTH}' height='{height}' {FONT} font-size='13' role='img'>",
-        f"<title>{title}</title>",
-        f"<rect width='{WIDTH}' height='{height}' rx='8' fill='white'/>",
-    ]
+    parts = []
     for chart in charts:
         parts += draw_axes(chart)
         for line in chart.lines:
             parts += draw_band(chart, line)
         for line in chart.lines:
             parts += draw_line(chart, line)
-    parts += legend
-    parts.append("</svg>")
-    return "\n".join(parts) + "\n"
+    return svg(title, HEIGHT * len(charts), parts + legend)
+
+
+def svg(title: str, height: int, parts: list[str]) -> str:
+    """The text of an SVG file: the parts on a white ground, so that a dark page shows them, too."""
+    lines = [
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' "
+        f"width='{WIDTH}' height='{height}' {FONT} font-size='13' role='img'>",
+        f"<title>{title}</title>",
+        f"<rect width='{WIDTH}' height='{height}' rx='8' fill='white'/>",
+        *parts,
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def text(x: float, y: float, content: str, style: str = "") -> str:

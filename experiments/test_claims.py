@@ -1,4 +1,4 @@
-"""What claims.py and baselines.py promise, on small random models.
+"""What claims.py, baselines.py and pictures.py promise, on small random models.
 
 pytest experiments/test_claims.py
 """
@@ -8,7 +8,9 @@ import json
 import re
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import torch
 import train_expert
 import transformer2 as t2
 from conftest import TOKENIZER, logits, make, make_svf, toy
-from experiments import baselines, claims
+from experiments import baselines, claims, pictures
 
 FEW = {"steps": 3, "batch_size": 4, "validate_every": 3, "validation_problems": 2, "lr": 0.1}
 
@@ -189,6 +191,63 @@ def test_a_table_has_the_mean_and_the_spread(capsys):
     assert "reversal  2     37.5 (25.0 to 50.0)" in capsys.readouterr().out
     claims.print_tables(records[:1])
     assert "reversal  1     25.0 (17.5 to 34.3)" in capsys.readouterr().out
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def made_up_runs(claim: str) -> list[dict]:
+    """Two seeds with the accuracies 0.25 and 0.75."""
+    runs = []
+    if claim == "compose":
+        for alpha in [0.0, 1.0]:
+            runs.append({"first": "reversal", "second": "addition", "alpha": alpha})
+    if claim == "shots":
+        for form, shots in product(pictures.SEARCHES, [3, 20]):
+            runs.append({"task": "smallest", "strategy": f"few-shot, {form}", "shots": shots})
+        runs.append({"task": "smallest", "strategy": "base"})
+    if claim == "spectrum":
+        for ranks in pictures.RANKS:
+            runs.append({"task": "reversal", "ranks": ranks})
+        runs.append({"task": "reversal", "layer": "layer"})
+    records = []
+    for run in runs:
+        accuracies = [0.25, 0.75]
+        if run.get("strategy") == "base":
+            accuracies = [0.5]
+        for seed, accuracy in enumerate(accuracies):
+            figure = {"accuracy": accuracy, "problems": 100}
+            figures = dict.fromkeys(["reversal", "addition", "test"], figure)
+            records.append({"run": {**run, "seed": seed}, "figures": figures})
+    return records
+
+
+@pytest.mark.parametrize("claim", pictures.PICTURES)
+def test_a_picture_is_well_formed_and_shows_the_mean_and_the_spread(claim):
+    names = {
+        "compose": ["reversal", "addition", "α of reversal"],
+        "shots": [*pictures.SEARCHES, "base model", "smallest", "20"],
+        "spectrum": ["reversal", *pictures.RANKS],
+    }
+    svg = ElementTree.fromstring(pictures.PICTURES[claim](made_up_runs(claim)))
+    assert set(names[claim]) <= {element.text for element in svg.iter()}
+    assert min(float(element.get("font-size", 12)) for element in svg.iter()) >= 12
+    marks = " ".join(element.get("points", element.get("d", "")) for element in svg.iter())
+    marks = re.sub(r"M\S+ \S+H\S+", "", marks)  # without the grid
+    for accuracy in [0.25, 0.5, 0.75]:
+        assert f"{pictures.y_of(accuracy):.1f}" in marks
+
+
+def test_the_pictures_in_results_are_those_of_the_results_files():
+    folder = Path(__file__).parent / "results"
+    for claim, draw_claim in pictures.PICTURES.items():
+        runs = json.loads((folder / f"{claim}-tiny.json").read_text(encoding="utf-8"))["runs"]
+        drawing = (folder / f"{claim}-tiny.svg").read_text(encoding="utf-8")
+        assert drawing == draw_claim(runs), "run python experiments/pictures.py"
+        assert len(drawing.encode()) <= 60 * 1024
+
+
+# ---- The command line ----------------------------------------------------------------------------
 
 
 def test_the_command_line_refuses_an_unwritable_folder(tmp_path, monkeypatch, capsys):
