@@ -257,7 +257,7 @@ def measure_generation(bench: Benchmark) -> None:
             "three experts and none, mixed": peak_gib(ours(mixed), model),
             "one expert (folded meanwhile)": peak_gib(ours(experts[0]), model),
         }
-        bench.report("its peak memory, weights included", "GiB", peaks)
+        bench.report("peak memory of generating, weights included", "GiB", peaks)
         bench.report("two passes over 24 prompts", "s", bench.seconds(passes))
 
 
