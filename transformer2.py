@@ -867,7 +867,7 @@ class RowSampler(LogitsProcessor):
     def __init__(self, device: torch.device, seed: int, numbers: list[int], temperature: float):
         self.temperature = temperature
         # On a GPU one generator serves 256 neighbours: to start a call takes longer than to draw.
-        self.block_size = 1 if device.type == "cpu" else NOISE_BLOCK
+        self.block_size = NOISE_BLOCKS.get(device.type, 1)
         self.rows: dict[int, list[int]] = {}  # block -> the batch's rows whose numbers are in it
         for row, number in enumerate(numbers):
             self.rows.setdefault(number // self.block_size, []).append(row)
@@ -937,7 +937,7 @@ FALLBACK_TEMPLATE = (
 )
 # Tokens of a batch at most, padding included. On a GPU generation takes as many as fit its memory.
 BATCH_TOKENS = {"generation": 16384, "choices": 4096, "gradient": 2048}
-NOISE_BLOCK = 256  # rows
+NOISE_BLOCKS = {"cuda": 256}  # rows of which a RowSampler draws the noise at once
 LOGIT_BUDGET = 2**28  # logits of a batch: 1 GiB in float32
 
 
