@@ -122,7 +122,7 @@ def tiny_task(skill: str) -> Task:
         exact,
         max_new_tokens=8,
         category=TINY_CATEGORY[skill],
-        hyper={"steps": 100, "batch_size": 256, "lr": 1e-2},
+        hyper={"steps": 100, "batch_size": 256, "lr": 3e-2},
     )
 
 
