@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -227,8 +227,8 @@ class Answer:
     cut_off: bool = False  # it ended at the token limit
     problem: dict | None = None
     reward: float = 0.0
+    # Set by set_gradient:
     advantage: float = 0.0  # the reward, minus the baseline if there is one
-    # Set by add_gradient:
     weight: float = 0.0  # its part in a mean over the batch
     log_prob: float = 0.0  # log π_W'(ŷ|x)
     ref_log_prob: float = 0.0  # log π_W(ŷ|x)
@@ -340,9 +340,8 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
             for choice in choices:
                 choice.reward = float(task.reward(choice.text, problem))
     rollout_seconds = time.time() - start_time
-    # 3) Add the gradient of -J to z.grad.
-    answers = add_gradient(model, processor, task, problems, answers, hp)
-    sum_gradients(progress.parameters.values())
+    # 3) Set z.grad to the gradient of -J.
+    answers = set_gradient(model, processor, task, problems, answers, hp)
     # 4) A step of AdamW, with a clipped gradient and a learning rate that falls along a cosine.
     stats = step_stats(step, task, answers, hp, rollout_seconds)
     descend(progress, stats, hp)
@@ -375,12 +374,7 @@ def rollout(model, processor, task, problems, expert, temperature, seed) -> list
     if task.choices is None:
         prompts = [task.conversation(problem) for problem in problems]
         sampling = (task.max_new_tokens, temperature, task.prefill, seed)
-        completions = generate_tokens(model, processor, prompts, expert, numbers, *sampling)
-        texts = prepared_tokenizer(processor).batch_decode(completions, skip_special_tokens=True)
-        ends = generation_settings(model, processor).eos_token_id or []
-        answers = []
-        for tokens, text in zip(completions, texts):
-            answers.append(Answer(tokens, text, cut_off=tokens[-1] not in ends))
+        answers = generate_answers(model, processor, prompts, expert, numbers, *sampling)
     else:
         answers = likeliest_choices(model, processor, task, problems, expert)
     for answer, problem in zip(answers, problems):
@@ -388,28 +382,28 @@ def rollout(model, processor, task, problems, expert, temperature, seed) -> list
     return gather_shares(answers)
 
 
-def add_gradient(model, processor, task, problems, answers: list[list[Answer]], hp) -> list:
-    """Adds the gradient of -J (eq. 1) to z.grad, from the answers to each problem.
+def set_gradient(model, processor, task, problems, answers: list[list[Answer]], hp) -> list:
+    """Sets z.grad to the gradient of -J (eq. 1), from the answers to each problem.
 
     One sampled answer estimates the expectation in ∇J. Where a task has choices, all of them are
     given and weighted with their probability, so that the expectation is exact. Returns the answers
-    with their log-probabilities and weights.
+    with their advantages, weights and log-probabilities.
     """
-    use_baseline = hp.baseline and task.choices is None
-    set_advantages([answer for group in answers for answer in group], use_baseline)
+    set_advantages(answers, hp.baseline and task.choices is None)
     num_problems = len(problems)  # of all processes
     # With several processes, each adds its own problems' part.
     problems, answers = my_share(problems), my_share(answers)
     prompts = [task.conversation(problem) for problem in problems]
     tokens = [[answer.tokens for answer in group] for group in answers]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
 
     def add_batch_gradient(rows: list[int], inputs: dict) -> list[list[Answer]]:
         completions = [tokens[row] for row in rows]
         batch = [answer for row in rows for answer in answers[row]]  # N answers
         with checkpointing(model, hp.checkpointing):
             log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W'(ŷ|x), (N,)
-            ref_log_probs = log_probs.detach()  # a stand-in at λ = 0, where π_W does not run
+            ref_log_probs = log_probs.detach()  # the penalty is 0 at λ = 0, and π_W need not run
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
                     ref_log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W
@@ -423,27 +417,28 @@ def add_gradient(model, processor, task, problems, answers: list[list[Answer]], 
                 loss = loss * math.nan  # makes the gradient nan, so that descend skips the step
             # All or nothing: backward() would leave a part in z.grad if memory ran out halfway.
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        for parameter, gradient in zip(parameters, gradients):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad += gradient
+        for total, gradient in zip(sums, gradients):
+            total += gradient
         for i, answer in enumerate(batch):
-            answer.weight, answer.log_prob = weights[i].item(), log_probs[i].item()
+            answer.weight = weights[i].item()
+            answer.log_prob = log_probs[i].item()
             answer.ref_log_prob = ref_log_probs[i].item()
         return [answers[row] for row in rows]
 
-    groups = run_in_batches(
-        model, processor, prompts, task.prefill, tokens, "gradient", add_batch_gradient
-    )
-    return gather_shares(groups)
+    kind, compute = "gradient", add_batch_gradient
+    answers = run_in_batches(model, processor, prompts, task.prefill, tokens, kind, compute)
+    for parameter, total in zip(parameters, sums):
+        parameter.grad = sum_over_processes(total)
+    return gather_shares(answers)
 
 
-def set_advantages(answers: list[Answer], use_baseline: bool) -> None:
+def set_advantages(answers: list[list[Answer]], use_baseline: bool) -> None:
     """Sets each answer's advantage: its reward, or leave_one_out_advantages with a baseline."""
-    advantages = torch.tensor([answer.reward for answer in answers])
+    batch = [answer for group in answers for answer in group]
+    advantages = torch.tensor([answer.reward for answer in batch])
     if use_baseline:
         advantages = leave_one_out_advantages(advantages)
-    for answer, advantage in zip(answers, advantages.tolist()):
+    for answer, advantage in zip(batch, advantages.tolist()):
         answer.advantage = advantage
 
 
@@ -800,22 +795,22 @@ def generate(
     check_seed(seed)
     numbers = range(len(conversations))
     sampling = (max_new_tokens, temperature, prefill, seed)
-    completions = generate_tokens(model, processor, conversations, expert, numbers, *sampling)
-    return prepared_tokenizer(processor).batch_decode(completions, skip_special_tokens=True)
+    answers = generate_answers(model, processor, conversations, expert, numbers, *sampling)
+    return [answer.text for answer in answers]
 
 
-def generate_tokens(
+def generate_answers(
     model, processor, conversations, expert, numbers, max_new_tokens, temperature, prefill, seed
-) -> list[list[int]]:
-    """Token ids of the answers, end token included. Other parameters as for generate.
+) -> list[Answer]:
+    """The answers with their token ids, end token included. Other parameters as for generate.
 
     numbers: answer i is drawn from the random stream (seed, numbers[i]), whatever its batch.
     """
     settings = generation_settings(model, processor)
     ends = settings.eos_token_id or []
-    causal_lm = without_peft(model)
+    causal_lm, tokenizer = without_peft(model), prepared_tokenizer(processor)
 
-    def generate_batch(rows: list[int], inputs: dict) -> list[list[int]]:
+    def generate_batch(rows: list[int], inputs: dict) -> list[Answer]:
         prompt_length = inputs["input_ids"].shape[1]
         samplers = []
         if temperature > 0:
@@ -826,18 +821,21 @@ def generate_tokens(
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
         fold = folding_pays(model, expert, temperature, inputs, settings.max_new_tokens)
+        # folded builds W' for the expert that is in use by then.
         with use_expert(model, select_experts(expert, rows)), folded(model, fold), our_settings:
             sequences = causal_lm.generate(**inputs, logits_processor=samplers)  # (B, P + T)
-        completions = []
+        answers = []
         for tokens in sequences[:, prompt_length:].tolist():
             stops = [t + 1 for t, token in enumerate(tokens) if token in ends]
-            completions.append(tokens[: stops[0]] if stops else tokens)
-        return completions
+            if stops:
+                tokens = tokens[: stops[0]]
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            answers.append(Answer(tokens, text, cut_off=not stops))
+        return answers
 
     longest = [[range(max_new_tokens)]] * len(conversations)  # stand-ins: only their len is read
-    return run_in_batches(
-        model, processor, conversations, prefill, longest, "generation", generate_batch
-    )
+    kind, compute = "generation", generate_batch
+    return run_in_batches(model, processor, conversations, prefill, longest, kind, compute)
 
 
 def generation_settings(model, processor) -> GenerationConfig:
@@ -1046,58 +1044,52 @@ def run_in_batches(
     for start in range(0, len(conversations), at_once):
         encoded = encode(model, processor, conversations[start : start + at_once], prefill)
         lengths += encoded["attention_mask"].sum(1).tolist()
-    # 2) Group them.
-    waiting = group_rows(model, kind, range(len(conversations)), lengths, completions)
+    # 2) The longest first, so that the rows of a batch have similar lengths.
+    totals = []
+    for length, own in zip(lengths, completions):
+        totals.append(length + max(len(completion) for completion in own))
+    waiting = sorted(range(len(totals)), key=totals.__getitem__, reverse=True)
     results = {}
-    with tqdm(total=len(conversations), leave=False, delay=3, disable=None) as bar:
+    with tqdm(total=len(waiting), leave=False, delay=3, disable=None) as bar:
         while waiting:
-            rows = waiting[0]
-            # 3) Text: step 1 left all rows in `encoded`: cut out the group, without needless
-            #    padding. Pictures: their tensors have no axis of rows, so encode the group again.
+            # 3) As many as fit. Generation ends a whole batch at the end of the context: a row that
+            #    may get there goes alone.
+            rows = first_rows(model, kind, waiting, lengths, completions)
+            if totals[rows[0]] > context_length(model):
+                rows = rows[:1]
+            # 4) Text: step 1 left all rows in `encoded`: cut out the batch, without needless
+            #    padding. Pictures: their tensors have no axis of rows, so encode the batch again.
             if sees_pictures(processor):
                 inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
             else:
                 longest = max(lengths[row] for row in rows)
                 inputs = {name: tensor[rows, -longest:] for name, tensor in encoded.items()}
-            # 4) Run it. If the memory is too small, all rows without results get smaller groups.
+            # 5) Run it; again with fewer rows if the memory is too small. (Not in an `except`
+            #    block, where the error would keep the batch's tensors.)
             computed = None
             with contextlib.suppress(torch.OutOfMemoryError):
                 computed = compute(rows, inputs)
             if computed is not None:
                 results.update(zip(rows, computed))
-                waiting.pop(0)
+                waiting = waiting[len(rows) :]
                 bar.update(len(rows))
             else:
                 tokens, _ = count_tokens(rows, lengths, completions)
                 halve_batches(model, kind, len(rows), tokens)
-                rows_left = [row for group in waiting for row in group]
-                waiting = group_rows(model, kind, rows_left, lengths, completions)
     return [results[row] for row in range(len(conversations))]
 
 
-def group_rows(model, kind: str, rows, lengths: list[int], completions: list) -> list[list[int]]:
-    """Rows of similar length in groups for run_in_batches, the longest first."""
-    limit, context = most_tokens(model, kind), context_length(model)
+def first_rows(model, kind: str, rows: list[int], lengths: list[int], completions) -> list[int]:
+    """The first of these rows that fit into one batch, one at least."""
+    limit = most_tokens(model, kind)
     vocabulary = model.config.get_text_config().vocab_size
-    logits_per_token = 0 if kind == "generation" else vocabulary  # it keeps those of no token
-
-    def total_length(row: int) -> int:
-        return lengths[row] + max(len(completion) for completion in completions[row])
-
-    def fit_together(rows: list[int]) -> bool:
-        tokens, new_tokens = count_tokens(rows, lengths, completions)
-        # The first row is the longest. Generation ends a whole batch at the end of the context, so
-        # a row that may get there goes alone.
-        in_context = total_length(rows[0]) <= context
-        return in_context and tokens <= limit and new_tokens * logits_per_token <= LOGIT_BUDGET
-
-    groups = []
-    for row in sorted(rows, key=total_length, reverse=True):
-        if groups and fit_together([*groups[-1], row]):
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
+    for size in range(2, len(rows) + 1):
+        tokens, new_tokens = count_tokens(rows[:size], lengths, completions)
+        # Generation keeps the logits of no token.
+        logits = 0 if kind == "generation" else new_tokens * vocabulary
+        if tokens > limit or logits > LOGIT_BUDGET:
+            return rows[: size - 1]
+    return rows
 
 
 def count_tokens(rows: list[int], lengths: list[int], completions: list) -> tuple[int, int]:
@@ -1247,18 +1239,14 @@ def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextMana
 @contextlib.contextmanager
 def changed(changes: list[tuple[object, str, object]]) -> Iterator[None]:
     """Sets attributes, given as (object, name, value), and puts the previous values back."""
-    # vars holds an object's own attributes. One that was only its class's is deleted afterwards.
-    before = [dict(vars(thing)) for thing, _, _ in changes]
-    try:
+    with contextlib.ExitStack() as undo:
         for thing, name, value in changes:
+            if name in vars(thing):
+                undo.callback(setattr, thing, name, vars(thing)[name])
+            else:  # it was only its class's
+                undo.callback(delattr, thing, name)
             setattr(thing, name, value)
         yield
-    finally:
-        for (thing, name, _), attributes in zip(changes, before):
-            if name in attributes:
-                setattr(thing, name, attributes[name])
-            else:
-                delattr(thing, name)
 
 
 # Regular expressions over layer names. Vision and audio towers are left out.
@@ -1403,7 +1391,8 @@ class Progress:
     def load(self, path: str | Path) -> None:
         """Raises Transformer2Error for a damaged file, or one of a run with other settings."""
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            device = next(iter(self.start.values())).device
+            state = torch.load(path, map_location=device, weights_only=True)
             theirs = state["settings"]
             differing = [name for name in self.settings if theirs.get(name) != self.settings[name]]
             if not differing:
@@ -1429,10 +1418,8 @@ def step_stats(step, task, answers: list[list[Answer]], hp, rollout_seconds: flo
     stats = StepStats(step, kl_coef=hp.kl_coef)
     batch = [answer for group in answers for answer in group]
     stats.reward = sum(answer.weight * answer.reward for answer in batch)
-    stats.reward_deviation = 0.0  # where all are equal, a weighted sum would have rounding errors
-    if len({answer.reward for answer in batch}) > 1:
-        squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in batch)
-        stats.reward_deviation = math.sqrt(squares)
+    squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in batch)
+    stats.reward_deviation = round(math.sqrt(squares), 6)  # exactly 0 where all are equal
     if hp.kl_coef > 0:
         stats.kl = sum(a.weight * (a.log_prob - a.ref_log_prob) for a in batch)
     if task.choices is None:
@@ -1466,14 +1453,11 @@ def gather_shares(values: list) -> list:
     return [shares[i % n][i // n] for i in range(sum(len(share) for share in shares))]
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up the gradients of all processes, in place."""
-    if not distributed.is_initialized():
-        return
-    for parameter in parameters:
-        if parameter.grad is None:  # this process's share was empty
-            parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce(parameter.grad)
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The sum of the tensors of all processes."""
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values
 
 
 # ---- Files ---------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def measure_step(config: LlamaConfig, rows: int, new_tokens: int) -> dict[str, f
         answers.extend([answer] for answer in sampled)
 
     def gradient() -> None:
-        t2.add_gradient(model, TOKENIZER, task, problems, answers, hp)
+        t2.set_gradient(model, TOKENIZER, task, problems, answers, hp)
 
     figures = {"GiB of weights": torch.cuda.memory_allocated() / 2**30}
     peak_gib()

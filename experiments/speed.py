@@ -340,7 +340,7 @@ def measure_options(bench: Benchmark) -> None:
         all_choices.append([choice.tokens for choice in choices])
     prompts = [conversation(problem) for problem in problems]
 
-    def step(score: Callable) -> None:  # what add_gradient does at λ = 0
+    def step(score: Callable) -> None:  # what set_gradient does at λ = 0
         def add_batch_gradient(rows: list[int], inputs: dict) -> list[None]:
             scores = score(model, inputs, [all_choices[row] for row in rows])
             log_pi = torch.cat([own_scores.log_softmax(0) for own_scores in scores])

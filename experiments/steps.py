@@ -31,7 +31,7 @@ TASK = t2.Task("given answers", list, itemgetter("question"), reward=None)
 
 @dataclass
 class Rows:
-    """Problems and an answer to each, for add_gradient; the same rows also as tensors."""
+    """Problems and an answer to each, for set_gradient; the same rows also as tensors."""
 
     problems: list[dict]
     answers: list[t2.Answer]
@@ -87,7 +87,7 @@ def our_step(
 
     def step() -> None:
         with t2.token_budget(model, hp.token_budget):
-            t2.add_gradient(model, processor, TASK, rows.problems, answers, hp)
+            t2.set_gradient(model, processor, TASK, rows.problems, answers, hp)
 
     return step
 
@@ -108,7 +108,7 @@ def micro_batch_step(
     advantages: torch.Tensor,
     hp: t2.Hyperparameters,
 ) -> None:
-    """What add_gradient does with one micro-batch."""
+    """What set_gradient does with one micro-batch."""
     with t2.checkpointing(model, hp.checkpointing):
         log_probs = t2.completion_log_probs(model, inputs, completions)
     ref_log_probs = log_probs.detach()
