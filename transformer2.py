@@ -1290,7 +1290,7 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
 
 def spread_over_rows(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """One scale for each row, (B, r), in a shape that multiplies the components of x, (..., r)."""
-    if len(scale) in (1, len(x)):
+    if len(scale) == len(x):
         ones = [1] * (x.dim() - 2)
         return scale.view(len(scale), *ones, -1)  # (B, 1, ..., 1, r)
     if x.dim() == 2 and len(x) % len(scale) == 0:  # OPT flattens (B, T, d) to (B * T, d)
@@ -1313,18 +1313,14 @@ def stack_experts(expert: Experts, layers: dict[str, SVFLinear]) -> dict[str, to
             raise Transformer2Error(f"{reason}: use one expert for all, or adapt other layers")
         ones = torch.ones_like(layer.s)
         rows = [row_expert.get(name, ones).detach().to(ones) for row_expert in row_experts]
-        stacked[name] = torch.stack(rows) if isinstance(expert, list) else rows[0]
+        stacked[name] = torch.stack(rows) if len(rows) > 1 else rows[0]
     return stacked
 
 
 def use_expert_rows(model, rows: torch.Tensor) -> contextlib.AbstractContextManager:
     """In this `with` block row i uses the z of row rows[i]. A z that all rows share stays."""
-    changes = []
-    for layer in svf_layers(model).values():
-        z = layer.current_z()
-        if z.dim() > 1 and len(z) > 1:
-            changes.append((layer, "active_z", z[rows]))
-    return changed(changes)
+    layers = [layer for layer in svf_layers(model).values() if layer.current_z().dim() > 1]
+    return changed([(layer, "active_z", layer.current_z()[rows]) for layer in layers])
 
 
 def select_experts(expert: Experts, rows: list[int]) -> Experts:
@@ -1583,20 +1579,20 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     path = Path(path)
     prefix = f".{path.name}.{platform.node()}."
-    temporary = path.with_name(f"{prefix}{os.getpid()}")
+    folder = path.with_name(f"{prefix}{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
             process_id = leftover.name.removeprefix(prefix)
             if process_id.isdigit() and not is_running(int(process_id)):
-                remove(leftover)
-        write(temporary)
-        os.replace(temporary, path)
+                shutil.rmtree(leftover, ignore_errors=True)
+        write(folder / path.name)
+        os.replace(folder / path.name, path)
     except Exception as error:  # no space, no permission: libraries raise errors of many kinds
         reason = f"cannot write {path}: {error}"
         raise Transformer2Error(reason.splitlines()[0]) from error
     finally:
-        remove(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_running(process_id: int) -> bool:
@@ -1608,10 +1604,3 @@ def is_running(process_id: int) -> bool:
     except OSError as error:  # any other error: it runs, for another user
         return not isinstance(error, ProcessLookupError)
     return True
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
-    shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
-    with contextlib.suppress(OSError):
-        path.unlink()
