@@ -13,9 +13,9 @@ from transformer2 import Experts, Model, Processor, Task, Transformer2Error, eva
 
 Tasks = dict[str, Callable[[], Task]]  # name -> function that makes the task
 # The small world of the model "tiny".
-TINY_TASKS: Tasks = {"tiny-classify": tiny.tiny_classify}
-for name in ["addition", "reversal", "largest", "greeting", "last-letter", "smallest"]:
-    TINY_TASKS[name] = partial(tiny.tiny_task, name)
+SKILLS = ["addition", "reversal", "largest", "greeting", "last-letter", "smallest"]
+TINY_TASKS: Tasks = {skill: partial(tiny.tiny_task, skill) for skill in SKILLS}
+TINY_TASKS["tiny-classify"] = tiny.tiny_classify
 QUESTION_TASKS: Tasks = {
     "classify": questions.real_classify,
     "gsm8k": questions.gsm8k,
