@@ -176,18 +176,17 @@ def show_dispatch(library: Library, dispatch: Task, args: argparse.Namespace) ->
     truth = [problem["answer"] for problem in problems]
     prompts = [say(problem) for problem in problems]
     model, processor, categories = library.model, library.processor, list(library.by_category)
-    orders = four_orders(categories)
     for strategy, expert in library.classifiers.items():
         counts = Counter()
         accuracy = {}
-        for order in orders:
+        for order in four_orders(categories):
             chosen = classify(model, processor, prompts, order, expert=expert)
             counts.update(zip(truth, chosen))
             accuracy[", ".join(order)] = np.mean(np.array(chosen) == truth)
         mean = np.mean(list(accuracy.values()))
         worst = min(accuracy, key=accuracy.get)
         print(f"\ndispatch by {strategy}: {mean:.1%} of {len(truth)} held-out prompts, ", end="")
-        print(f"each in {len(orders)} orders of the categories; ", end="")
+        print("each in four orders of the categories; ", end="")
         print(f"{accuracy[worst]:.1%} in the worst, {worst}")
         print_confusion(categories, counts)
 
@@ -212,24 +211,28 @@ def show_tasks(library: Library, tasks: list[Task], args: argparse.Namespace) ->
         known = task.name in library.by_name
         relation = "a task of its own expert" if known else "a task no expert here was trained on"
         print(f"\n{task.name}, {relation}: accuracy on {len(test)} held-out problems")
-        show_score("base model", library, task, test, expert=None)
+        figures = {id(None): show_score("base model", library, task, test, expert=None)}
         for name, expert in library.by_name.items():
-            show_score(f"expert {name}", library, task, test, expert)
+            figures[id(expert)] = show_score(f"expert {name}", library, task, test, expert)
         conversations = [task.conversation(problem) for problem in test]
         model, processor, categories = library.model, library.processor, list(library.by_category)
         for strategy, expert in library.classifiers.items():
             chosen = classify(model, processor, conversations, categories, expert=expert)
             row_experts = [library.by_category[category] for category in chosen]
-            show_score(strategy, library, task, test, row_experts)
+            if set(chosen) == {chosen[0]}:  # its figures are known
+                print(f"  {strategy:24} {figures[id(row_experts[0])]}  (all are {chosen[0]})")
+            else:
+                show_score(strategy, library, task, test, row_experts)
         if "few-shot" in args.strategy:
             show_few_shot(library, task, test, args)
 
 
-def show_score(label: str, library: Library, task: Task, test: list, expert: Experts) -> None:
-    """Prints accuracy and its 95 % interval on `test`. expert: as for transformer2.evaluate."""
+def show_score(label: str, library: Library, task: Task, test: list, expert: Experts) -> str:
+    """Prints and returns the accuracy on `test` with its 95 % interval. expert: as for evaluate."""
     start_time = time.time()
     figures = scores(library.model, library.processor, task, test, expert)
     print(f"  {label:24} {figures}  {time.time() - start_time:5.1f} s", flush=True)
+    return figures
 
 
 def show_few_shot(library: Library, task: Task, test: list[dict], args: argparse.Namespace) -> None:

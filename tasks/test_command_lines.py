@@ -497,7 +497,8 @@ def test_adapt_compares_all_strategies_on_an_unseen_task(run_script):
     assert (
         "smallest, a task no expert here was trained on: accuracy on 4 held-out problems" in printed
     )
-    rows = re.findall(r"^  (\S.*?) +acc +\d+\.\d% \(.* to .*\)  +\d+\.\d s$", printed, re.MULTILINE)
+    end = r" +acc +\d+\.\d% \(.* to .*\)  +(?:\d+\.\d s|\(all are \w+\))$"
+    rows = re.findall(rf"^  (\S.*?){end}", printed, re.MULTILINE)
     assert rows == [
         "base model",
         "expert code-expert",
@@ -508,6 +509,18 @@ def test_adapt_compares_all_strategies_on_an_unseen_task(run_script):
         "few-shot, one α each",
     ]
     assert re.search(r"α code-expert [+-]\d\.\d\d, math-expert [+-]\d\.\d\d\)", printed)
+
+
+def test_a_strategy_that_takes_one_expert_for_all_prompts_has_its_figures(run_script, monkeypatch):
+    def classify(model, processor, conversations, categories, *, expert):
+        return ["code"] * len(conversations)
+
+    monkeypatch.setattr(adapt, "classify", classify)
+    save_experts("experts/MODEL", ["math", "code"])
+    arguments = ["--task", "smallest", "--strategy", "prompt", "--max-new-tokens", "3"]
+    printed = run_script(adapt, *arguments)
+    [figures] = re.findall(r"  expert code-expert +(acc .*?\))", printed)
+    assert f"  prompt                   {figures}  (all are code)\n" in printed
 
 
 def test_adapt_shows_only_the_strategies_asked_for(run_script):
@@ -553,7 +566,7 @@ def test_adapt_shows_how_held_out_prompts_are_dispatched(printed_dispatch):
         table = printed_dispatch.partition(f"dispatch by {strategy}: ")[2].partition("\n\n")[0]
         title, header, *rows = table.splitlines()
         mean, worst, order = re.fullmatch(
-            r"(\S+)% of 40 held-out prompts, each in 4 orders of the categories; "
+            r"(\S+)% of 40 held-out prompts, each in four orders of the categories; "
             r"(\S+)% in the worst, (.*)",
             title,
         ).groups()
