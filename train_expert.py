@@ -88,7 +88,11 @@ def read_arguments() -> argparse.Namespace:
     add("--kl-coef", type=float, help="λ, the weight of the KL; at 0, the default, not computed")
     add("--validation-problems", type=int, help="the first N choose the best step; 128")
     add("--seed", type=int, help="of the draw of problems and of the sampled answers")
-    add("--test-problems", type=int, help="score on the first N held-out ones; all, or 500")
+    add(
+        "--test-problems",
+        type=int,
+        help="score on the first N held-out ones; all, ARC scored: 500, 300",
+    )
     add("--max-new-tokens", type=int, help="of an answer; default: the task's own limit")
     add("--checkpointing", action="store_true", default=None, help="less memory, a third more time")
     add("--device-map", help="auto: spread a model over several GPUs (needs accelerate)")
