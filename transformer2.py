@@ -661,18 +661,19 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
     tokens, mask = pad_right([choice for own in choices for choice in own], model.device)  # (N, T)
     # 1) Every prompt runs once. Its last position predicts the first token of all its choices.
     output = run_model(model, inputs, logits_to_keep=1, use_cache=True)
-    log_probs = token_log_probs(output.logits[prompt_of, -1], tokens[:, 0])  # (N,); none is empty
-    # 2) The other tokens of each choice run on a copy of its prompt's cache.
-    run, scored = tokens[:, :-1], tokens[:, 1:]  # running a token gives the logits of the next
-    if run.shape[1] > 0:
+    log_probs = token_log_probs(output.logits[prompt_of, -1], tokens[:, 0])  # (N,)
+    # 2) The tokens of each choice but its last one are fed to a copy of its prompt's cache. Each
+    #    predicts the next.
+    fed = tokens[:, :-1]  # (N, T - 1)
+    if fed.shape[1] > 0:
         cache_name = "cache" if "cache" in output else "past_key_values"  # depends on the version
         output[cache_name].batch_select_indices(prompt_of)  # in place: row i is now of choice i
-        # The mask covers the cached prompt, too.
-        run_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
-        run_inputs = {"input_ids": run, "attention_mask": run_mask, cache_name: output[cache_name]}
+        # The mask covers the cached prompt, too; run_model counts positions from it.
+        fed_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
+        fed_inputs = {"input_ids": fed, "attention_mask": fed_mask, cache_name: output[cache_name]}
         with use_expert_rows(model, prompt_of):
-            logits = run_model(model, run_inputs, use_cache=True).logits  # (N, T - 1, V)
-        log_probs = log_probs + (token_log_probs(logits, scored) * mask[:, 1:]).sum(1)
+            logits = run_model(model, fed_inputs, use_cache=True).logits  # (N, T - 1, V)
+        log_probs = log_probs + (token_log_probs(logits, tokens[:, 1:]) * mask[:, 1:]).sum(1)
     return list(log_probs.split(counts))
 
 
