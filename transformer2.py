@@ -213,7 +213,7 @@ class Hyperparameters:
     baseline: bool = True  # subtract the mean of the other rewards; not with choices
     validate_every: int = 10  # steps; the best z is the result, at a tie the later one
     validation_problems: int = 128
-    token_budget: int | None = None  # lowers BATCH_TOKENS; tokens of a batch, with padding
+    token_budget: int | None = None  # most tokens in a batch of any kind; see BATCH_TOKENS
     checkpointing: bool = False  # less memory for activations, a third more time
     seed: int = 0  # decides which problems and answers are drawn
 
@@ -229,7 +229,7 @@ class Answer:
     reward: float = 0.0
     # Set by set_gradient:
     advantage: float = 0.0  # the reward, minus the baseline if there is one
-    weight: float = 0.0  # its part in a mean over the batch
+    weight: float = 0.0  # 1 / problems in the batch, times π(choice) if it is a choice
     log_prob: float = 0.0  # log π_W'(ŷ|x)
     ref_log_prob: float = 0.0  # log π_W(ŷ|x)
 
@@ -407,7 +407,8 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
                     ref_log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W
-            # Each answer's weight in the mean: 1 / problems, times π(choice) if all are given.
+            # Each answer's weight in the mean: 1 / problems, times π(choice) if all are given. It is
+            # the probability in the expectation, so no gradient flows through it.
             weights = torch.ones_like(log_probs) / num_problems
             if task.choices is not None:
                 weights = weights * log_probs.detach().exp()
@@ -595,7 +596,7 @@ def few_shot(
 
 
 def score_mixtures(model, processor, task, problems, experts: list[Expert], candidates) -> list:
-    """(accuracy, mean log-likelihood of the right answers) of each candidate α.
+    """(accuracy, log-likelihood of a right answer) of each candidate α, means over the problems.
 
     The candidates answer together: a batch mixes rows of several, each row under its own z.
     """
@@ -817,7 +818,7 @@ def generate_answers(
         if temperature > 0:
             own_numbers = [numbers[row] for row in rows]
             samplers.append(RowSampler(model.device, seed, own_numbers, temperature))
-        # A row with less room than max_new_tokens is alone in its batch: no other is cut.
+        # run_in_batches puts a row with less room than max_new_tokens alone: no other is cut.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
@@ -865,7 +866,9 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, device: torch.device, seed: int, numbers: list[int], temperature: float):
         self.temperature = temperature
-        # On a GPU one generator serves 256 neighbours: to start a call takes longer than to draw.
+        # On a GPU numbers 0 to 255 share a generator, 256 to 511 the next, and so on, as a call
+        # takes longer than the drawing. Each token it draws the noise of all numbers of its block,
+        # and a row takes that of its own.
         self.block_size = NOISE_BLOCKS.get(device.type, 1)
         self.rows: dict[int, list[int]] = {}  # block -> the batch's rows whose numbers are in it
         for row, number in enumerate(numbers):
