@@ -407,8 +407,8 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
                     ref_log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W
-            # Each answer's weight in the mean: 1 / problems, times π(choice) if all are given. It is
-            # the probability in the expectation, so no gradient flows through it.
+            # Each answer's weight in the mean: 1 / problems, times π(choice) if all are given. No
+            # gradient flows through it: it is the probability in the expectation.
             weights = torch.ones_like(log_probs) / num_problems
             if task.choices is not None:
                 weights = weights * log_probs.detach().exp()
