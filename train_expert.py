@@ -91,7 +91,7 @@ def read_arguments() -> argparse.Namespace:
     add(
         "--test-problems",
         type=int,
-        help="score on the first N held-out ones; all, ARC scored: 500, 300",
+        help="score on the first N held-out ones; all, ARC scored: 500, 250",
     )
     add("--max-new-tokens", type=int, help="of an answer; default: the task's own limit")
     add("--checkpointing", action="store_true", default=None, help="less memory, a third more time")
