@@ -214,6 +214,7 @@ class Settings:
     test_problems: int = 1024  # at most
     shots: tuple = (3, 5, 10, 20)  # examples that the few-shot search sees, in the claim shots
     iterations: int = 20  # of this search, everywhere
+    population: int = 32  # candidates in each
     alphas: tuple = tuple(tenth / 10 for tenth in range(-2, 13))
     lrs: tuple = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # one is chosen for each way to train
     lr_steps: int = 30  # of the runs that choose it
@@ -236,6 +237,7 @@ QUICK = Settings(
     prompt_lengths=(16, 96),
     num_categories=(2, 8),
 )
+REAL = Settings(test_problems=500, iterations=3, population=16)  # of a model that is not built in
 LR_SEED = 100  # of the runs that choose a learning rate
 SHOTS = 10  # where a claim is not about their number
 
@@ -247,8 +249,10 @@ class Lab:
         self.name = train_expert.folder_name(args.model)
         self.seeds = args.seeds
         self.out = args.out
-        self.settings = QUICK if args.quick else Settings()
         self.suite = SUITES.get(args.model, REAL_SUITE)
+        self.settings = REAL if self.suite is REAL_SUITE else Settings()
+        if args.quick:
+            self.settings = QUICK
         self.dense_model, self.processor = train_expert.load_model(args.model)
         self.svf_models: dict[tuple, nn.Module] = {}
         self.results: Results | None = None  # of the claim that is measured
@@ -330,6 +334,7 @@ class Lab:
         rows = np.random.default_rng(seed).choice(len(problems), count, replace=False)
         examples = [problems[row] for row in rows]
         options = {"iterations": self.settings.iterations, "per_layer": per_layer, "seed": seed}
+        options["population"] = self.settings.population
         return t2.few_shot(model, self.processor, task, examples, experts, **options)
 
 
