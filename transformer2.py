@@ -250,23 +250,7 @@ class StepStats:
     cut_off: float | None = None  # share of the sampled answers that ended at the token limit
     tokens_per_second: float | None = None  # of sampling
     seconds: float | None = None
-    seconds_left: float | None = None  # in the rest of the run, at the speed so far
     validation: float | None = None  # accuracy, in the steps that measure it
-
-    def __str__(self) -> str:
-        line = f"step {self.step:3}"
-        if self.step > 0:
-            line += f"  reward {self.reward:+.3f}  gradient {self.grad_norm:.2e}"
-        if self.kl is not None:
-            line += f"  KL {self.kl:.4f}"
-        if self.cut_off is not None:
-            line += f"  length {self.mean_length:.0f}, {self.cut_off:.0%} cut off"
-        if self.step > 0:
-            minutes, seconds = divmod(round(self.seconds_left), 60)
-            line += f"  {self.seconds:.1f} s, {minutes}:{seconds:02} left"
-        if self.validation is not None:
-            line += f"  validation {self.validation:.1%}"
-        return line
 
 
 def reinforce(
@@ -299,11 +283,12 @@ def reinforce(
         print(f"note: the batch of {hp.batch_size} is {cut}", file=sys.stderr)
     held_out_problems = task.problems("validation")[: hp.validation_problems]
     progress = Progress(model, task, hp)
-    with token_budget(model, hp.token_budget), progress.start_put_back():
+    with token_budget(model, hp.token_budget), contextlib.closing(progress):
         if checkpoint is not None and Path(checkpoint).exists():
             progress.load(checkpoint)
-        start_time, first_step = time.time(), progress.next_step
-        for step in range(first_step, hp.steps + 1):
+        steps = range(progress.next_step, hp.steps + 1)
+        bar = tqdm(steps, desc=task.name, leave=False, disable=None)
+        for step in bar:
             stats, answers = StepStats(), []
             if step > 0:  # step 0 only validates the start
                 stats, answers = update(model, processor, task, train_problems, progress, hp, step)
@@ -312,9 +297,7 @@ def reinforce(
                 stats.validation = evaluate(model, processor, task, held_out_problems, expert=z)
                 if stats.validation >= progress.best_score:  # at a tie the later one
                     progress.best, progress.best_score = progress.values(), stats.validation
-            seconds_a_step = (time.time() - start_time) / (step + 1 - first_step)
-            stats.seconds_left = seconds_a_step * (hp.steps - step)
-            tqdm.write(str(stats))
+            bar.set_postfix(reward=stats.reward, best_validation=progress.best_score)
             if on_step is not None:
                 on_step(stats, answers)
             progress.next_step = step + 1
@@ -367,19 +350,15 @@ def descend(progress, stats: StepStats, hp: Hyperparameters) -> None:
 
 def rollout(model, processor, task, problems, expert, temperature, seed) -> list[Answer]:
     """An answer to each problem with its reward. For a task with choices, the likeliest of them."""
-    # With several processes, each answers a share. A problem's number seeds its answer, so that
-    # the split changes nothing.
-    numbers, problems = my_share(range(len(problems))), my_share(problems)
-    expert = select_experts(expert, numbers)
     if task.choices is None:
         prompts = [task.conversation(problem) for problem in problems]
         sampling = (task.max_new_tokens, temperature, task.prefill, seed)
-        answers = generate_answers(model, processor, prompts, expert, numbers, *sampling)
+        answers = generate_answers(model, processor, prompts, expert, *sampling)
     else:
         answers = likeliest_choices(model, processor, task, problems, expert)
     for answer, problem in zip(answers, problems):
         answer.reward = float(task.reward(answer.text, problem))
-    return gather_shares(answers)
+    return answers
 
 
 def set_gradient(model, processor, task, problems, answers: list[list[Answer]], hp) -> list:
@@ -390,9 +369,6 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     with their advantages, weights and log-probabilities.
     """
     set_advantages(answers, hp.baseline and task.choices is None)
-    num_problems = len(problems)  # of all processes
-    # With several processes, each adds its own problems' part.
-    problems, answers = my_share(problems), my_share(answers)
     prompts = [task.conversation(problem) for problem in problems]
     tokens = [[answer.tokens for answer in group] for group in answers]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -409,7 +385,7 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
                     ref_log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W
             # Each answer's weight in the mean: 1 / problems, times π(choice) if all are given. No
             # gradient flows through it: it is the probability in the expectation.
-            weights = torch.ones_like(log_probs) / num_problems
+            weights = torch.ones_like(log_probs) / len(problems)
             if task.choices is not None:
                 weights = weights * log_probs.detach().exp()
             advantages = log_probs.new_tensor([answer.advantage for answer in batch])
@@ -430,7 +406,7 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     answers = run_in_batches(model, processor, prompts, task.prefill, tokens, kind, compute)
     for parameter, total in zip(parameters, sums):
         parameter.grad = sum_over_processes(total)
-    return gather_shares(answers)
+    return answers
 
 
 def set_advantages(answers: list[list[Answer]], use_baseline: bool) -> None:
@@ -713,7 +689,8 @@ def score_choices(
 
     def score_batch(rows: list[int], inputs: dict) -> list[torch.Tensor]:
         with use_expert(model, select_experts(expert, rows)):
-            return choice_log_probs(model, inputs, [tokens[row] for row in rows])
+            scores = choice_log_probs(model, inputs, [tokens[row] for row in rows])
+        return [log_probs.cpu() for log_probs in scores]
 
     return run_in_batches(model, processor, prompts, task.prefill, tokens, "choices", score_batch)
 
@@ -795,37 +772,29 @@ def generate(
     """
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     check_seed(seed)
-    numbers = range(len(conversations))
     sampling = (max_new_tokens, temperature, prefill, seed)
-    answers = generate_answers(model, processor, conversations, expert, numbers, *sampling)
+    answers = generate_answers(model, processor, conversations, expert, *sampling)
     return [answer.text for answer in answers]
 
 
 def generate_answers(
-    model, processor, conversations, expert, numbers, max_new_tokens, temperature, prefill, seed
+    model, processor, conversations, expert, max_new_tokens, temperature, prefill, seed
 ) -> list[Answer]:
-    """The answers with their token ids, end token included. Other parameters as for generate.
-
-    numbers: answer i is drawn from the random stream (seed, numbers[i]), whatever its batch.
-    """
+    """The answers with their token ids, end token included. Parameters as for generate."""
     settings = generation_settings(model, processor)
     ends = settings.eos_token_id or []
     causal_lm, tokenizer = without_peft(model), prepared_tokenizer(processor)
 
     def generate_batch(rows: list[int], inputs: dict) -> list[Answer]:
         prompt_length = inputs["input_ids"].shape[1]
-        samplers = []
-        if temperature > 0:
-            own_numbers = [numbers[row] for row in rows]
-            samplers.append(RowSampler(model.device, seed, own_numbers, temperature))
+        sampler = [RowSampler(model.device, seed, rows, temperature)] if temperature > 0 else []
         # run_in_batches puts a row with less room than max_new_tokens alone: no other is cut.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
-        fold = folding_pays(model, expert, temperature, inputs, settings.max_new_tokens)
-        # folded builds W' for the expert that is in use by then.
-        with use_expert(model, select_experts(expert, rows)), folded(model, fold), our_settings:
-            sequences = causal_lm.generate(**inputs, logits_processor=samplers)  # (B, P + T)
+        with use_expert(model, select_experts(expert, rows)), our_settings:
+            with folded(model, expert, temperature, settings.max_new_tokens):
+                sequences = causal_lm.generate(**inputs, logits_processor=sampler)  # (B, P + T)
         answers = []
         for tokens in sequences[:, prompt_length:].tolist():
             stops = [t + 1 for t, token in enumerate(tokens) if token in ends]
@@ -864,57 +833,38 @@ class RowSampler(LogitsProcessor):
     model decodes greedily from these scores, and no draw depends on the rest of the batch.
     """
 
-    def __init__(self, device: torch.device, seed: int, numbers: list[int], temperature: float):
+    def __init__(self, device: torch.device, seed: int, rows: list[int], temperature: float):
         self.temperature = temperature
-        # On a GPU numbers 0 to 255 share a generator, 256 to 511 the next, and so on, as a call
-        # takes longer than the drawing. Each token it draws the noise of all numbers of its block,
-        # and a row takes that of its own.
-        self.block_size = NOISE_BLOCKS.get(device.type, 1)
-        self.rows: dict[int, list[int]] = {}  # block -> the batch's rows whose numbers are in it
-        for row, number in enumerate(numbers):
-            self.rows.setdefault(number // self.block_size, []).append(row)
-        self.place_in_block = torch.tensor(numbers, device=device) % self.block_size
-        self.generators = {}
-        for block in self.rows:
-            block_seed = (seed * 1_000_003 + block) % 2**63  # torch takes seeds below 2**63
-            self.generators[block] = torch.Generator(device).manual_seed(block_seed)
+        self.generators = []
+        for row in rows:  # their numbers in the whole call, so that no batch changes a draw
+            row_seed = (seed * 1_000_003 + row) % 2**63  # torch takes seeds below 2**63
+            self.generators.append(torch.Generator(device).manual_seed(row_seed))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = torch.empty_like(scores, dtype=torch.float32)  # (B, V)
-        for block, rows in self.rows.items():
-            drawn = noise.new_empty(self.block_size, scores.shape[1])
-            drawn.exponential_(generator=self.generators[block])
-            noise[rows] = drawn[self.place_in_block[rows]]
+        for row_noise, generator in zip(noise, self.generators):
+            row_noise.exponential_(generator=generator)
         noise = noise.clamp(min=2**-24)  # some devices draw an exact 0
         return scores.float() / self.temperature - noise.log()
 
 
-def folding_pays(model, expert: Experts, temperature: float, inputs: dict, new_tokens: int) -> bool:
-    """True if generate should build W' instead of running the factors.
+def folded(
+    model, expert: Experts, temperature: float, new_tokens: int
+) -> contextlib.AbstractContextManager:
+    """In this `with` block the layers run with W', built for the expert in use, where that pays.
 
-    Building W' costs about what it saves in 60 tokens. In bfloat16 W' is rounded, which moves the
-    log-probability of a sampled token by 0.04 (SmolLM2; in float32 by 4e-6): there a sampled answer
-    comes from the factors, which are what trains. W' has to fit beside the key-value cache.
+    It does from 64 new tokens: building W' costs about what it saves in 60. On a GPU all W' may
+    take a quarter of the free memory. In bfloat16 W' is rounded, which moves the log-probability of
+    a sampled token by 0.04 (SmolLM2; in float32 by 4e-6): there a sampled answer comes from the
+    factors, which are what trains.
     """
-    exact = temperature == 0 or model.dtype == torch.float32
-    if isinstance(expert, list) or not exact or new_tokens < 64:
-        return False
-    rows, prompt_length = inputs["input_ids"].shape
     layers = svf_layers(model).values()
-    dense_size = sum(layer.out_features * layer.in_features for layer in layers)
-    memory = dense_size * model.dtype.itemsize
-    memory += rows * (prompt_length + new_tokens) * cache_bytes(model)
-    return memory <= free_memory(model)
-
-
-def folded(model, enabled: bool) -> contextlib.AbstractContextManager:
-    """In this `with` block the layers run with W' built for the expert in use, if memory allows."""
-    changes = []
-    with contextlib.suppress(torch.OutOfMemoryError):
-        if enabled:
-            layers = svf_layers(model).values()
-            changes = [(layer, "folded_weight", layer.weight) for layer in layers]
-    return changed(changes)
+    dense_numbers = sum(layer.out_features * layer.in_features for layer in layers)
+    fits = dense_numbers * model.dtype.itemsize < free_memory(model) / 4
+    exact = temperature == 0 or model.dtype == torch.float32
+    if isinstance(expert, list) or new_tokens < 64 or not fits or not exact:
+        return changed([])
+    return changed([(layer, "folded_weight", layer.weight) for layer in layers])
 
 
 def check_seed(seed: int) -> None:
@@ -939,8 +889,6 @@ FALLBACK_TEMPLATE = (
 )
 # Tokens of a batch at most, padding included. On a GPU generation takes as many as fit its memory.
 BATCH_TOKENS = {"generation": 16384, "choices": 4096, "gradient": 2048}
-NOISE_BLOCKS = {"cuda": 256}  # rows of which a RowSampler draws the noise at once
-LOGIT_BUDGET = 2**28  # logits of a batch: 1 GiB in float32
 
 
 def category_question(conversation: Conversation, categories: list[str]) -> list[dict]:
@@ -1038,74 +986,48 @@ def run_in_batches(
     """compute(row numbers, encoded prompts), batch by batch: its results for each conversation.
 
     completions: for each prompt, the token lists that may follow it: one answer, or all its
-    choices. kind: a key of BATCH_TOKENS. If a GPU has no memory for a batch, this one and all later
-    ones are at most half as large. Raises Transformer2Error for a row that does not fit alone.
+    choices. kind: a key of BATCH_TOKENS. Several processes share the rows. If a GPU has no memory
+    for a batch, this one and all later ones are at most half as large. Raises Transformer2Error for
+    a row that does not fit alone.
     """
-    # 1) Encode the prompts: text all at once; pictures, which are large, 256 at a time and only
-    #    for their lengths.
-    at_once = 256 if sees_pictures(processor) else max(1, len(conversations))
+    # 1) The lengths of the prompts. 256 at a time, as pictures are large.
     lengths = []
-    for start in range(0, len(conversations), at_once):
-        encoded = encode(model, processor, conversations[start : start + at_once], prefill)
-        lengths += encoded["attention_mask"].sum(1).tolist()
+    for start in range(0, len(conversations), 256):
+        inputs = encode(model, processor, conversations[start : start + 256], prefill)
+        lengths += inputs["attention_mask"].sum(1).tolist()
     # 2) The longest first, so that the rows of a batch have similar lengths.
-    totals = []
-    for length, own in zip(lengths, completions):
-        totals.append(length + max(len(completion) for completion in own))
-    waiting = sorted(range(len(totals)), key=totals.__getitem__, reverse=True)
+    longest = [max(len(completion) for completion in own) for own in completions]
+    totals = [length + new_length for length, new_length in zip(lengths, longest)]
+    waiting = my_share(sorted(range(len(totals)), key=totals.__getitem__, reverse=True))
+
+    def count_tokens(rows: list[int]) -> int:
+        """Tokens of a batch, with padding and with a copy of the prompt for each choice."""
+        num_choices = max(len(completions[row]) for row in rows)
+        columns = max(lengths[row] for row in rows) + max(longest[row] for row in rows)
+        return len(rows) * num_choices * columns
+
     results = {}
     with tqdm(total=len(waiting), leave=False, delay=3, disable=None) as bar:
         while waiting:
             # 3) As many as fit. Generation ends a whole batch at the end of the context: a row that
             #    may get there goes alone.
-            rows = first_rows(model, kind, waiting, lengths, completions)
-            if totals[rows[0]] > context_length(model):
-                rows = rows[:1]
-            # 4) Text: step 1 left all rows in `encoded`: cut out the batch, without needless
-            #    padding. Pictures: their tensors have no axis of rows, so encode the batch again.
-            if sees_pictures(processor):
-                inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
-            else:
-                longest = max(lengths[row] for row in rows)
-                inputs = {name: tensor[rows, -longest:] for name, tensor in encoded.items()}
-            # 5) Run it; again with fewer rows if the memory is too small. (Not in an `except`
-            #    block, where the error would keep the batch's tensors.)
-            computed = None
-            with contextlib.suppress(torch.OutOfMemoryError):
-                computed = compute(rows, inputs)
-            if computed is not None:
-                results.update(zip(rows, computed))
-                waiting = waiting[len(rows) :]
-                bar.update(len(rows))
-            else:
-                tokens, _ = count_tokens(rows, lengths, completions)
-                halve_batches(model, kind, len(rows), tokens)
+            size = 1
+            if totals[waiting[0]] <= context_length(model):
+                limit = most_tokens(model, kind)
+                while size < len(waiting) and count_tokens(waiting[: size + 1]) <= limit:
+                    size += 1
+            rows = waiting[:size]
+            inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
+            # 4) Run them. If the memory is too small for that, try again with fewer.
+            try:
+                results.update(zip(rows, compute(rows, inputs)))
+            except torch.OutOfMemoryError as error:
+                halve_batches(model, kind, size, count_tokens(rows), error)
+                continue
+            waiting = waiting[size:]
+            bar.update(size)
+    results = merge_shares(results)
     return [results[row] for row in range(len(conversations))]
-
-
-def first_rows(model, kind: str, rows: list[int], lengths: list[int], completions) -> list[int]:
-    """The first of these rows that fit into one batch, one at least."""
-    limit = most_tokens(model, kind)
-    vocabulary = model.config.get_text_config().vocab_size
-    for size in range(2, len(rows) + 1):
-        tokens, new_tokens = count_tokens(rows[:size], lengths, completions)
-        # Generation keeps the logits of no token.
-        logits = 0 if kind == "generation" else new_tokens * vocabulary
-        if tokens > limit or logits > LOGIT_BUDGET:
-            return rows[: size - 1]
-    return rows
-
-
-def count_tokens(rows: list[int], lengths: list[int], completions: list) -> tuple[int, int]:
-    """Tokens of a batch with padding: all of them, and those of the completions.
-
-    An upper bound: every row counts with as many completions as the row with most, each with a copy
-    of the prompt.
-    """
-    sequences = len(rows) * max(len(completions[row]) for row in rows)
-    prompt_length = max(lengths[row] for row in rows)
-    new_length = max(len(completion) for row in rows for completion in completions[row])
-    return sequences * (prompt_length + new_length), sequences * new_length
 
 
 def most_tokens(model, kind: str) -> float:
@@ -1118,16 +1040,15 @@ def most_tokens(model, kind: str) -> float:
     return min(limit, budget, fitted)
 
 
-def halve_batches(model, kind: str, num_rows: int, tokens: int) -> None:
+def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception) -> None:
     """Bounds all later batches of a kind by half the size of one that found no memory.
 
     Raises Transformer2Error if that was a single row.
     """
-    torch.cuda.empty_cache()  # does nothing without a GPU
     if num_rows == 1:
         reason = f"the memory is too small for a single row of {tokens} tokens"
         way_out = "shorten prompts or answers, use checkpointing, or take a smaller model"
-        raise Transformer2Error(f"{reason}: {way_out}")
+        raise Transformer2Error(f"{reason}: {way_out}") from error
     fitting_tokens = vars(model).setdefault("fitting_tokens", {})
     if not fitting_tokens:  # said once
         note = f"the memory is too small for {tokens} tokens in a batch, going on with half of them"
@@ -1373,14 +1294,10 @@ class Progress:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 
-    @contextlib.contextmanager
-    def start_put_back(self) -> Iterator[None]:
-        """Puts the starting values back at the end of the `with` block, whatever happens in it."""
-        try:
-            yield
-        finally:
-            self.set_values(self.start)
-            self.optimizer.zero_grad()
+    def close(self) -> None:
+        """Puts the starting values back."""
+        self.set_values(self.start)
+        self.optimizer.zero_grad()
 
     def save(self, path: str | Path) -> None:
         state = {"settings": self.settings, "next_step": self.next_step, "values": self.values()}
@@ -1435,22 +1352,21 @@ def process_rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def my_share(values):
-    """Every n-th of a sequence, where n processes share the work; all of it for one process."""
+def my_share(rows: list[int]) -> list[int]:
+    """Every n-th row, where n processes share the work; all rows for one process."""
     if not distributed.is_initialized():
-        return values
-    return values[distributed.get_rank() :: distributed.get_world_size()]
+        return rows
+    return rows[distributed.get_rank() :: distributed.get_world_size()]
 
 
-def gather_shares(values: list) -> list:
-    """The results of all processes for their shares, in the order of the whole sequence."""
-    if not distributed.is_initialized():
-        return values
-    n = distributed.get_world_size()
-    shares = [None] * n
-    distributed.all_gather_object(shares, values)
-    # Value i is number i // n of process i % n.
-    return [shares[i % n][i // n] for i in range(sum(len(share) for share in shares))]
+def merge_shares(results: dict) -> dict:
+    """The results of all processes, by row."""
+    if distributed.is_initialized():
+        shares = [None] * distributed.get_world_size()
+        distributed.all_gather_object(shares, results)
+        for share in shares:
+            results.update(share)
+    return results
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:

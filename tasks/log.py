@@ -1,16 +1,18 @@
-"""What a training run leaves to look at: a log of JSON lines, and warnings on the terminal."""
+"""What a training run shows: a line a step, warnings, and a log of JSON lines beside the expert."""
 
 import contextlib
 import json
 import math
 import platform
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 
 from transformer2 import Answer, StepStats, Transformer2Error, process_rank, write_whole
 
@@ -19,7 +21,7 @@ MAY_DIFFER = ["token_budget", "checkpointing"]  # as for the progress that reinf
 
 
 class TrainingLog:
-    """Writes the log of a run, line by line, and prints what goes wrong in it.
+    """Writes the log of a run, and prints a line for each step and what goes wrong in it.
 
     The first line has settings, seed and versions. A line follows for each step with the figures of
     StepStats and the peak memory, and every few steps a line with sample answers; both have "step".
@@ -31,7 +33,8 @@ class TrainingLog:
         self.path = path
         self.settings = settings
         self.sample_every = sample_every
-        self.begun = False  # this process has written a step
+        self.first_step: int | None = None  # that this process has written
+        self.start_time = 0.0  # of the step after it
         self.warnings = Counter()  # kind of warning -> how many steps it was true of
 
     def check(self, resume: bool) -> None:
@@ -66,19 +69,28 @@ class TrainingLog:
         self.replace([about])
 
     def on_step(self, stats: StepStats, answers: list[Answer]) -> None:
-        """Writes a step. Before the first of a run, the later ones of an interrupted run go."""
+        """Writes and prints a step. Before the first, the later ones of an interrupted run go."""
         if process_rank() > 0:
             return
-        if not self.begun:
+        if self.first_step is None:
             self.drop_steps_from(stats.step)
-            self.begun = True
+            self.first_step, self.start_time = stats.step, time.time()
+        last_step = self.settings["steps"]
+        tqdm.write(step_line(stats) + self.time_left(stats.step))
         figures = {**asdict(stats), "peak_memory_gib": peak_gib()}
         self.append(json_line({name: finite(figure) for name, figure in figures.items()}))
-        last_step = self.settings["steps"]
         if answers and (stats.step % self.sample_every == 0 or stats.step == last_step):
             samples = [sample(answer) for answer in answers[:SAMPLES]]
             self.append(json_line({"step": stats.step, "samples": samples}))
         self.warn(stats)
+
+    def time_left(self, step: int) -> str:
+        """The time of the steps that are left, at the speed so far."""
+        done, left = step - self.first_step, self.settings["steps"] - step
+        if done == 0 or left == 0:
+            return ""
+        minutes, seconds = divmod(round((time.time() - self.start_time) / done * left), 60)
+        return f"  {minutes}:{seconds:02} left"
 
     def warn(self, stats: StepStats) -> None:
         """Prints what went wrong in a step, of each kind the first time and every tenth time."""
@@ -135,6 +147,22 @@ def read_log(path: Path) -> list[dict]:
             f"{path} is not the log of a training run: give another, or move it"
         )
     return lines
+
+
+def step_line(stats: StepStats) -> str:
+    """What the terminal shows of a step."""
+    line = f"step {stats.step:3}"
+    if stats.step > 0:
+        line += f"  reward {stats.reward:+.3f}  gradient {stats.grad_norm:.2e}"
+    if stats.kl is not None:
+        line += f"  KL {stats.kl:.4f}"
+    if stats.cut_off is not None:
+        line += f"  length {stats.mean_length:.0f}, {stats.cut_off:.0%} cut off"
+    if stats.step > 0:
+        line += f"  {stats.seconds:.1f} s"
+    if stats.validation is not None:
+        line += f"  validation {stats.validation:.1%}"
+    return line
 
 
 def json_line(content: dict) -> str:

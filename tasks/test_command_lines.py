@@ -20,6 +20,7 @@ import adapt
 import train_expert
 import transformer2 as t2
 from conftest import TOKENIZER, logits, make, random_expert, relative, toy
+from tasks.log import TrainingLog, step_line
 
 SCRIPTS = Path(train_expert.__file__).parent
 FEW = "--batch-size 4 --validation-problems 4 --test-problems 4 --max-new-tokens 3".split()
@@ -295,8 +296,18 @@ def test_the_log_has_the_figures_of_each_step_that_the_terminal_shows(train_on):
     shown = []
     for line in lines:
         assert line.pop("peak_memory_gib") > 0
-        shown.append(str(t2.StepStats(**line)))
+        shown.append(step_line(t2.StepStats(**line)))
+    printed = re.sub(r"  \d+:\d\d left$", "", printed, flags=re.MULTILINE)
     assert re.findall("^step .*", printed, re.MULTILINE) == shown
+
+
+def test_the_time_left_is_that_of_the_steps_left(tmp_path):
+    log = TrainingLog(tmp_path / "toy.log.jsonl", {"steps": 8, "seed": 0}, sample_every=10)
+    log.on_step(t2.StepStats(3, reward=0.0, grad_norm=0.0, seconds=0.0), [])  # a resumed run
+    assert log.time_left(3) == ""
+    log.start_time = time.time() - 60  # 60 seconds ago
+    assert log.time_left(5) == "  1:30 left"
+    assert log.time_left(8) == ""
 
 
 def test_a_figure_that_does_not_exist_is_null(run_script):
