@@ -4,14 +4,13 @@ A wrong reward quietly teaches the wrong thing, so most of this file is the read
 """
 
 import itertools
-import json
 import re
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 
 from tasks.data import Source, classify_task, dataset_task, exact, load_problems
+from tasks.other_prompts import OTHER_PROMPTS
 from transformer2 import Experts, Model, Processor, Task, Transformer2Error, score_choices
 
 # ---- Where a text states its answer -------------------------------------------------------------
@@ -344,10 +343,8 @@ def load_questions(source: Source, column: str, category: str, split: str) -> li
 
 def other_prompts(split: str) -> list[dict]:
     """Prompts that are neither math nor code nor reasoning. Each split has kinds of its own."""
-    file = Path(__file__).with_name("other_prompts.json")
-    kinds = json.loads(file.read_text(encoding="utf-8"))[split]  # kind -> prompts
     problems = []
-    for kind, prompts in kinds.items():
+    for kind, prompts in OTHER_PROMPTS[split].items():
         problems.append([{"question": text, "answer": "other", "kind": kind} for text in prompts])
     return in_turn(problems)
 
