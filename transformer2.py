@@ -370,12 +370,12 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     """
     set_advantages(answers, hp.baseline and task.choices is None)
     prompts = [task.conversation(problem) for problem in problems]
-    tokens = [[answer.tokens for answer in group] for group in answers]
+    lengths = [[len(answer.tokens) for answer in group] for group in answers]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sums = [torch.zeros_like(parameter) for parameter in parameters]
 
     def add_batch_gradient(rows: list[int], inputs: dict) -> list[list[Answer]]:
-        completions = [tokens[row] for row in rows]
+        completions = [[answer.tokens for answer in answers[row]] for row in rows]
         batch = [answer for row in rows for answer in answers[row]]  # N answers
         with checkpointing(model, hp.checkpointing):
             log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W'(ŷ|x), (N,)
@@ -402,8 +402,9 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
             answer.ref_log_prob = ref_log_probs[i].item()
         return [answers[row] for row in rows]
 
-    kind, compute = "gradient", add_batch_gradient
-    answers = run_in_batches(model, processor, prompts, task.prefill, tokens, kind, compute)
+    answers = run_in_batches(
+        model, processor, prompts, task.prefill, lengths, "gradient", add_batch_gradient
+    )
     for parameter, total in zip(parameters, sums):
         parameter.grad = sum_over_processes(total)
     return answers
@@ -685,14 +686,15 @@ def score_choices(
     """log π(choice|x) of each problem's choices, a tensor (C,) for each. expert: see use_expert."""
     prompts = [task.conversation(problem) for problem in problems]
     choices = [choices_of(processor, task, problem) for problem in problems]
-    tokens = [[choice.tokens for choice in group] for group in choices]
+    lengths = [[len(choice.tokens) for choice in group] for group in choices]
 
     def score_batch(rows: list[int], inputs: dict) -> list[torch.Tensor]:
+        tokens = [[choice.tokens for choice in choices[row]] for row in rows]
         with use_expert(model, select_experts(expert, rows)):
-            scores = choice_log_probs(model, inputs, [tokens[row] for row in rows])
+            scores = choice_log_probs(model, inputs, tokens)
         return [log_probs.cpu() for log_probs in scores]
 
-    return run_in_batches(model, processor, prompts, task.prefill, tokens, "choices", score_batch)
+    return run_in_batches(model, processor, prompts, task.prefill, lengths, "choices", score_batch)
 
 
 def likeliest_choices(model, processor, task, problems, expert: Experts) -> list[Answer]:
@@ -804,9 +806,10 @@ def generate_answers(
             answers.append(Answer(tokens, text, cut_off=not stops))
         return answers
 
-    longest = [[range(max_new_tokens)]] * len(conversations)  # stand-ins: only their len is read
-    kind, compute = "generation", generate_batch
-    return run_in_batches(model, processor, conversations, prefill, longest, kind, compute)
+    lengths = [[max_new_tokens]] * len(conversations)
+    return run_in_batches(
+        model, processor, conversations, prefill, lengths, "generation", generate_batch
+    )
 
 
 def generation_settings(model, processor) -> GenerationConfig:
@@ -981,30 +984,30 @@ def content_parts(content: str | list[dict]) -> list[dict]:
 
 
 def run_in_batches(
-    model, processor, conversations, prefill, completions: list, kind: str, compute: Callable
+    model, processor, conversations, prefill, lengths: list[list[int]], kind: str, compute: Callable
 ) -> list:
     """compute(row numbers, encoded prompts), batch by batch: its results for each conversation.
 
-    completions: for each prompt, the token lists that may follow it: one answer, or all its
-    choices. kind: a key of BATCH_TOKENS. Several processes share the rows. If a GPU has no memory
-    for a batch, this one and all later ones are at most half as large. Raises Transformer2Error for
-    a row that does not fit alone.
+    lengths: for each prompt, the tokens of what may follow it: of one answer, or of each choice.
+    kind: a key of BATCH_TOKENS. Several processes share the rows. If a GPU has no memory for a
+    batch, this one and all later ones are at most half as large. Raises Transformer2Error for a row
+    that does not fit alone.
     """
     # 1) The lengths of the prompts. 256 at a time, as pictures are large.
-    lengths = []
+    prompt_lengths = []
     for start in range(0, len(conversations), 256):
         inputs = encode(model, processor, conversations[start : start + 256], prefill)
-        lengths += inputs["attention_mask"].sum(1).tolist()
+        prompt_lengths += inputs["attention_mask"].sum(1).tolist()
     # 2) The longest first, so that the rows of a batch have similar lengths.
-    longest = [max(len(completion) for completion in own) for own in completions]
-    totals = [length + new_length for length, new_length in zip(lengths, longest)]
+    totals = [prompt_length + max(own) for prompt_length, own in zip(prompt_lengths, lengths)]
     waiting = my_share(sorted(range(len(totals)), key=totals.__getitem__, reverse=True))
 
     def count_tokens(rows: list[int]) -> int:
         """Tokens of a batch, with padding and with a copy of the prompt for each choice."""
-        num_choices = max(len(completions[row]) for row in rows)
-        columns = max(lengths[row] for row in rows) + max(longest[row] for row in rows)
-        return len(rows) * num_choices * columns
+        longest_prompt = max(prompt_lengths[row] for row in rows)
+        longest_answer = max(max(lengths[row]) for row in rows)
+        num_choices = max(len(lengths[row]) for row in rows)
+        return len(rows) * num_choices * (longest_prompt + longest_answer)
 
     results = {}
     with tqdm(total=len(waiting), leave=False, delay=3, disable=None) as bar:

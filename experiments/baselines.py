@@ -106,7 +106,7 @@ def add_next_token_gradient(model, processor, task, problems: list[dict]) -> Non
     prompts = [task.conversation(problem) for problem in problems]
     solutions = [solution_tokens(processor, task, problem) for problem in problems]
     num_tokens = sum(len(tokens) for tokens in solutions)
-    own = [[tokens] for tokens in solutions]  # one for each prompt
+    lengths = [[len(tokens)] for tokens in solutions]  # one solution for each prompt
 
     def add_batch_gradient(rows: list[int], inputs: dict) -> list[None]:
         log_probs = t2.completion_log_probs(model, inputs, [solutions[row] for row in rows])
@@ -114,7 +114,9 @@ def add_next_token_gradient(model, processor, task, problems: list[dict]) -> Non
         loss.backward()
         return [None] * len(rows)
 
-    t2.run_in_batches(model, processor, prompts, task.prefill, own, "gradient", add_batch_gradient)
+    t2.run_in_batches(
+        model, processor, prompts, task.prefill, lengths, "gradient", add_batch_gradient
+    )
 
 
 def solution_tokens(processor: t2.Processor, task: t2.Task, problem: dict) -> list[int]:

@@ -338,6 +338,7 @@ def measure_options(bench: Benchmark) -> None:
     for problem in problems:
         choices = t2.choices_of(bench.processor, task, problem)
         all_choices.append([choice.tokens for choice in choices])
+    lengths = [[len(tokens) for tokens in own] for own in all_choices]
     prompts = [conversation(problem) for problem in problems]
 
     def step(score: Callable) -> None:  # what set_gradient does at λ = 0
@@ -348,7 +349,7 @@ def measure_options(bench: Benchmark) -> None:
             t2.reinforce_loss(log_pi, log_pi, advantages, 0.0, weights=probs).backward()
             return [None] * len(rows)
 
-        settings = (prompts, "", all_choices, "gradient", add_batch_gradient)
+        settings = (prompts, "", lengths, "gradient", add_batch_gradient)
         t2.run_in_batches(model, bench.processor, *settings)
 
     ways = {
