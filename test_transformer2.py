@@ -1559,6 +1559,18 @@ def test_draws_do_not_depend_on_how_rows_are_cut_into_batches():
             assert t2.generate(model, TOKENIZER, conversations, **how) == together
 
 
+def test_noise_that_is_drawn_for_several_rows_at_once_does_not_depend_on_batches(monkeypatch):
+    monkeypatch.setattr(t2, "NOISE_BLOCKS", {"cpu": 16})  # as on a GPU
+    model = never_ends(make())
+    conversations = [say(f"What is {i} plus 2?" + " A" * (i % 5)) for i in range(24)]
+    how = dict(max_new_tokens=16, temperature=1.0, seed=5)
+    together = t2.generate(model, TOKENIZER, conversations, **how)
+    assert len(set(together)) == 24
+    for budget in (1, 100, 300):
+        with t2.token_budget(model, budget):
+            assert t2.generate(model, TOKENIZER, conversations, **how) == together
+
+
 def test_equal_prompts_draw_answers_of_their_own():
     answers = t2.generate(
         never_ends(make()), TOKENIZER, [say(SHORT)] * 20, max_new_tokens=8, temperature=2.0, seed=0

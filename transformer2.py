@@ -838,15 +838,26 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, device: torch.device, seed: int, rows: list[int], temperature: float):
         self.temperature = temperature
+        # On a GPU 256 rows share a generator, whichever of them are in this batch: to start a draw
+        # takes longer there than to draw.
+        self.block_size = NOISE_BLOCKS.get(device.type, 1)
+        blocks = sorted({row // self.block_size for row in rows})
         self.generators = []
-        for row in rows:  # their numbers in the whole call, so that no batch changes a draw
-            row_seed = (seed * 1_000_003 + row) % 2**63  # torch takes seeds below 2**63
-            self.generators.append(torch.Generator(device).manual_seed(row_seed))
+        for block in blocks:
+            block_seed = (seed * 1_000_003 + block) % 2**63  # torch takes seeds below 2**63
+            self.generators.append(torch.Generator(device).manual_seed(block_seed))
+        places = []
+        for row in rows:
+            block, place = divmod(row, self.block_size)
+            places.append(blocks.index(block) * self.block_size + place)
+        self.places = torch.tensor(places, device=device)  # (B,), in the noise of all blocks
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise = torch.empty_like(scores, dtype=torch.float32)  # (B, V)
-        for row_noise, generator in zip(noise, self.generators):
-            row_noise.exponential_(generator=generator)
+        noise = []
+        for generator in self.generators:
+            block = torch.empty(self.block_size, scores.shape[1], device=scores.device)
+            noise.append(block.exponential_(generator=generator))
+        noise = torch.cat(noise)[self.places]  # (B, V)
         noise = noise.clamp(min=2**-24)  # some devices draw an exact 0
         return scores.float() / self.temperature - noise.log()
 
@@ -892,6 +903,7 @@ FALLBACK_TEMPLATE = (
 )
 # Tokens of a batch at most, padding included. On a GPU generation takes as many as fit its memory.
 BATCH_TOKENS = {"generation": 16384, "choices": 4096, "gradient": 2048}
+NOISE_BLOCKS = {"cuda": 256}  # rows of which a RowSampler draws the noise at once
 
 
 def category_question(conversation: Conversation, categories: list[str]) -> list[dict]:

@@ -342,15 +342,14 @@ def measure_options(bench: Benchmark) -> None:
     prompts = [conversation(problem) for problem in problems]
 
     def step(score: Callable) -> None:  # what set_gradient does at λ = 0
-        def add_batch_gradient(rows: list[int], inputs: dict) -> list[None]:
+        def add_gradient(rows: list[int], inputs: dict) -> list[None]:
             scores = score(model, inputs, [all_choices[row] for row in rows])
             log_pi = torch.cat([own_scores.log_softmax(0) for own_scores in scores])
             probs, advantages = log_pi.detach().exp(), rewards.repeat(len(rows))
             t2.reinforce_loss(log_pi, log_pi, advantages, 0.0, weights=probs).backward()
             return [None] * len(rows)
 
-        settings = (prompts, "", lengths, "gradient", add_batch_gradient)
-        t2.run_in_batches(model, bench.processor, *settings)
+        t2.run_in_batches(model, bench.processor, prompts, "", lengths, "gradient", add_gradient)
 
     ways = {
         "whole sequences": lambda: step(t2.whole_choice_log_probs),
