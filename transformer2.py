@@ -9,7 +9,7 @@ first pass finds out which expert a prompt needs, and a second pass answers with
 
 The file follows the paper, section 3.1 and section 3.2. The plumbing comes last.
 Shapes in comments: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C choices
-of one problem, N answers to all problems in a batch, m x n a weight, r singular values, K experts.
+of one problem, N answers in a batch, m x n a weight, r singular values, K experts.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 class SVFLinear(nn.Module):
     """y = U diag(s * z) Vᵀ x + b, in place of a linear layer. z (r,) is all that trains.
 
-    In training W' is never built, so backward makes no (m, n) gradient. x: (B, ..., in_features).
+    The gradient needs no W', so backward makes no (m, n) gradient. x: (B, ..., in_features).
     """
 
     def __init__(self, linear: nn.Linear | Conv1D, cache_dir: str | Path | None = None):
@@ -177,9 +177,10 @@ def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManag
 #
 # Eq. 1 is     J(z) = E[ log π_W'(ŷ|x) r(ŷ, y) ] - λ KL( π_W' ‖ π_W ),   ŷ drawn from π_W'( · | x).
 #
-# In the first term REINFORCE differentiates only log π_W', at the drawn ŷ. The KL is differentiated
-# in full, the drawing included: E[ ∇ log π_W' · log(π_W' / π_W) ] + E[ ∇ log π_W' ]. Here the last
-# expectation is 0, as probabilities add up to 1. So
+# In the first term REINFORCE differentiates only log π_W', at the drawn ŷ. The KL is an expectation
+# itself, of log(π_W' / π_W) over ŷ from π_W'. Its gradient has two parts: as z changes which ŷ are
+# drawn, E[ ∇ log π_W' · log(π_W' / π_W) ], and as z changes the logarithm, E[ ∇ log π_W' ]. The
+# second is 0, because probabilities add up to 1. So
 #     ∇J = E[ ∇ log π_W'(ŷ|x) · ( r(ŷ, y) - λ log( π_W'(ŷ|x) / π_W(ŷ|x) ) ) ].
 # This is also the gradient of E[r] - λ KL. One sampled answer to each problem estimates it: see
 # reinforce_loss below.
@@ -187,7 +188,10 @@ def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManag
 
 @dataclass
 class Task:
-    """What a model trains on. A problem is a dict: question, answer, perhaps a worked solution."""
+    """What a model is asked, and how its answers are rewarded.
+
+    A problem is a dict: question, answer, perhaps a worked solution.
+    """
 
     name: str
     problems: Callable[[str], list[dict]]  # split ("train", "validation", "test") -> problems
@@ -209,13 +213,19 @@ class Hyperparameters:
     batch_size: int = 256  # problems in an update, with one sampled answer each, or all choices
     lr: float = 2e-3  # AdamW's learning rate, which falls towards 0 along a cosine
     kl_coef: float = 0.0  # λ; the paper picks 0, 0.1, 0.2 or 0.3 on validation problems
-    max_grad_norm: float = 1e-3  # of all z's together; a longer one is scaled down to it
+    max_grad_norm: float = 1e-3  # a longer gradient, of all z's together, is scaled down to it
     baseline: bool = True  # subtract the mean of the other rewards; not with choices
-    validate_every: int = 10  # steps; the best z is the result, at a tie the later one
+    validate_every: int = 10  # steps; the z that validates best is the result, at a tie the later
     validation_problems: int = 128
     token_budget: int | None = None  # most tokens in a batch of any kind; see BATCH_TOKENS
     checkpointing: bool = False  # less memory for activations, a third more time
     seed: int = 0  # decides which problems and answers are drawn
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        for name in ["batch_size", "validate_every", "validation_problems"]:
+            if getattr(self, name) < 1:
+                raise Transformer2Error(f"{name} {getattr(self, name)} must be at least 1")
 
 
 @dataclass
@@ -225,7 +235,7 @@ class Answer:
     tokens: list[int]
     text: str
     cut_off: bool = False  # it ended at the token limit
-    problem: dict | None = None
+    problem: dict | None = None  # set by update, for on_step
     reward: float = 0.0
     # Set by set_gradient:
     advantage: float = 0.0  # the reward, minus the baseline if there is one
@@ -267,13 +277,12 @@ def reinforce(
     Trains whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns the values
     with the best validation accuracy, and puts the starting values back. hyperparameters: fields of
     Hyperparameters. checkpoint: a file for the progress after each step; if it exists, the run goes
-    on from there. on_step: gets the figures of each step and its answers (none in step 0; the
-    likeliest ones of choices) before the checkpoint is written. Raises Transformer2Error for no
-    problems, nothing that requires gradients, a KL without a base model, or a checkpoint that is
-    damaged or of another run.
+    on from there. on_step: called with the figures of each step and one answer to each problem, the
+    sampled one or the likeliest choice, before the checkpoint is written. Step 0 only validates and
+    has no answers. Raises Transformer2Error for no problems, nothing that requires gradients, a KL
+    without a base model, or a checkpoint that is damaged or of another run.
     """
     hp = Hyperparameters(**hyperparameters)
-    check_seed(hp.seed)
     model.eval()  # dropout would change the policy
     train_problems = task.problems("train")
     if not train_problems:
@@ -282,6 +291,8 @@ def reinforce(
         cut = f"cut to the {len(train_problems)} problems that task {task.name} has"
         print(f"note: the batch of {hp.batch_size} is {cut}", file=sys.stderr)
     held_out_problems = task.problems("validation")[: hp.validation_problems]
+    if hp.kl_coef > 0:
+        reference_policy(model)  # raises an error if there is none
     progress = Progress(model, task, hp)
     with token_budget(model, hp.token_budget), contextlib.closing(progress):
         if checkpoint is not None and Path(checkpoint).exists():
@@ -293,7 +304,7 @@ def reinforce(
             if step > 0:  # step 0 only validates the start
                 stats, answers = update(model, processor, task, train_problems, progress, hp, step)
             if step % hp.validate_every == 0 or step == hp.steps:
-                z = get_expert(model)  # the z's so far ({} with PEFT); None would mean z = 1
+                z = get_expert(model)  # as trained so far; without z evaluate takes the base model
                 stats.validation = evaluate(model, processor, task, held_out_problems, expert=z)
                 if stats.validation >= progress.best_score:  # at a tie the later one
                     progress.best, progress.best_score = progress.values(), stats.validation
@@ -330,10 +341,10 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
     descend(progress, stats, hp)
     stats.seconds = time.time() - start_time
     # 5) For on_step: the likeliest choice, or the one sampled answer, to each problem.
-    likeliest = [max(choices, key=lambda answer: answer.log_prob) for choices in answers]
-    for problem, answer in zip(problems, likeliest):
+    shown = [max(choices, key=lambda answer: answer.log_prob) for choices in answers]
+    for problem, answer in zip(problems, shown):
         answer.problem = problem
-    return stats, likeliest
+    return stats, shown
 
 
 def descend(progress, stats: StepStats, hp: Hyperparameters) -> None:
@@ -378,36 +389,40 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
         completions = [[answer.tokens for answer in answers[row]] for row in rows]
         batch = [answer for row in rows for answer in answers[row]]  # N answers
         with checkpointing(model, hp.checkpointing):
-            log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W'(ŷ|x), (N,)
-            ref_log_probs = log_probs.detach()  # the penalty is 0 at λ = 0, and π_W need not run
+            # 1) log π_W'(ŷ|x) and log π_W(ŷ|x), both (N,). At λ = 0 π_W does not matter.
+            log_probs = answer_log_probs(model, task, inputs, completions)
+            ref_log_probs = log_probs.detach()
             if hp.kl_coef > 0:
                 with torch.no_grad(), reference_policy(model):
-                    ref_log_probs = answer_log_probs(model, task, inputs, completions)  # log π_W
-            # Each answer's weight in the mean: 1 / problems, times π(choice) if all are given. No
-            # gradient flows through it: it is the probability in the expectation.
+                    ref_log_probs = answer_log_probs(model, task, inputs, completions)
+            # 2) Each answer's weight in the mean: 1 / problems, times π(choice) if all are given.
+            #    No gradient flows through it: it is the probability in the expectation.
             weights = torch.ones_like(log_probs) / len(problems)
             if task.choices is not None:
                 weights = weights * log_probs.detach().exp()
+            # 3) The gradient of -J. backward() would leave a part of it in z.grad if memory ran out
+            #    halfway.
             advantages = log_probs.new_tensor([answer.advantage for answer in batch])
             loss = reinforce_loss(log_probs, ref_log_probs, advantages, hp.kl_coef, weights)
             if not loss.isfinite():
                 loss = loss * math.nan  # makes the gradient nan, so that descend skips the step
-            # All or nothing: backward() would leave a part in z.grad if memory ran out halfway.
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         for total, gradient in zip(sums, gradients):
             total += gradient
+        # 4) What step_stats needs.
         for i, answer in enumerate(batch):
             answer.weight = weights[i].item()
             answer.log_prob = log_probs[i].item()
             answer.ref_log_prob = ref_log_probs[i].item()
         return [answers[row] for row in rows]
 
-    answers = run_in_batches(
+    # With several processes, others have run a part of the answers.
+    all_answers = run_in_batches(
         model, processor, prompts, task.prefill, lengths, "gradient", add_batch_gradient
     )
     for parameter, total in zip(parameters, sums):
         parameter.grad = sum_over_processes(total)
-    return answers
+    return all_answers
 
 
 def set_advantages(answers: list[list[Answer]], use_baseline: bool) -> None:
@@ -494,9 +509,10 @@ def classify(
     names = {category.strip() for category in categories}
     if not categories or "" in names or len(names) < len(categories):
         raise Transformer2Error(f"categories {categories} must be different names, one or more")
-    # Task(name, problems, conversation, reward): conversations stand in for problems; no reward.
     ask = partial(category_question, categories=categories)
-    task = Task("classify", None, ask, None, prefill=CATEGORY_PREFILL, choices=categories)
+    options = {"prefill": CATEGORY_PREFILL, "choices": categories}
+    # Its problems are the conversations.
+    task = Task("classify", problems=None, conversation=ask, reward=None, **options)
     chosen = likeliest_choices(model, processor, task, conversations, expert)
     return [choice.text for choice in chosen]
 
@@ -532,11 +548,10 @@ def mix(experts: list[Expert], alphas: torch.Tensor | np.ndarray) -> Expert:
     mixture = {}
     for expert, expert_alphas in zip(experts, alphas):
         for name, z in expert.items():
-            match = re.search(r"\.(\d+)\.", name)  # the 3 of model.layers.3.mlp.up_proj
+            # The α of the layer's block: of the 3 in model.layers.3.mlp.up_proj.
+            match = re.search(r"\.(\d+)\.", name)
             block = int(match[1]) if match and len(expert_alphas) > 1 else 0
-            z = z.cpu()
-            so_far = mixture.get(name, torch.ones_like(z))  # the sum starts at 1
-            mixture[name] = so_far + expert_alphas[block] * (z - 1)
+            mixture[name] = mixture.get(name, 1.0) + expert_alphas[block] * (z.cpu() - 1)
     return mixture
 
 
@@ -555,18 +570,19 @@ def few_shot(
     """Strategy C: the mixture of experts that answers a few problems best, and its α.
 
     Accuracy decides, and at a tie the mean log-likelihood of the right answers. α is (K, 1), or
-    (K, blocks) if per_layer: a weight for each transformer block. It may be below 0 or above 1.
-    Raises Transformer2Error without problems or experts.
+    (K, blocks) if per_layer: a weight for each transformer block. A weight may be below 0 or above
+    1. Raises Transformer2Error without problems, experts, candidates or iterations.
     """
     check_seed(seed)
-    if not problems or not experts:
-        raise Transformer2Error("few_shot needs at least one problem and one expert")
+    if not problems or not experts or population < 1 or iterations < 1:
+        raise Transformer2Error("few_shot needs a problem, an expert, a candidate and an iteration")
     expert_list = list(experts.values())
     K = len(expert_list)
     blocks = model.config.get_text_config().num_hidden_layers if per_layer else 1
     # The search starts with the base model (all α are 0) and each expert alone.
-    first = np.vstack([np.zeros((1, K)), np.eye(K)])  # (K + 1, K)
-    first = np.repeat(first[:, :, None], blocks, axis=2)  # (K + 1, K, blocks), alike in every block
+    first = np.zeros((K + 1, K, blocks))
+    for k in range(K):
+        first[k + 1, k] = 1  # in every block
     score = partial(score_mixtures, model, processor, task, problems, expert_list)
     alphas = cross_entropy_method(score, first, population, iterations, seed)
     return mix(expert_list, alphas), torch.tensor(alphas, dtype=torch.float32)
@@ -577,12 +593,13 @@ def score_mixtures(model, processor, task, problems, experts: list[Expert], cand
 
     The candidates answer together: a batch mixes rows of several, each row under its own z.
     """
+    # Rows: all problems under the first candidate, then all under the second, ...
     all_problems = problems * len(candidates)
     mixtures = [mix(experts, alphas) for alphas in candidates]
     all_experts = [mixture for mixture in mixtures for _ in problems]
     answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
     accuracy = np.array([max(0.0, answer.reward) for answer in answers])
-    # The right answer's likelihood: score_choices with it as the only choice, not normalised.
+    # The right answer as the only choice: score_choices gives its log-likelihood.
     solution_task = replace(task, choices=lambda p: [p.get("solution", p["answer"])])
     log_probs = score_choices(model, processor, solution_task, all_problems, expert=all_experts)
     log_likelihood = np.array([log_prob.item() for log_prob in log_probs])
@@ -593,13 +610,13 @@ def score_mixtures(model, processor, task, problems, experts: list[Expert], cand
 def cross_entropy_method(
     score: Callable, first: np.ndarray, population: int, iterations: int, seed: int
 ) -> np.ndarray:
-    """The best candidate that the cross-entropy method finds.
+    """The best candidate α, (K, blocks), that the cross-entropy method finds.
 
-    score: a list of candidates -> a list of scores. first: (n, *shape), the first candidates.
+    score: a list of candidates -> a list of scores. first: the first candidates, (n, K, blocks).
     """
     rng = np.random.default_rng(seed)
     shape = first.shape[1:]
-    mean = np.full(shape, 1 / shape[0])  # 1/K
+    mean = np.full(shape, 1 / shape[0])  # α = 1/K
     deviation = np.full(shape, 0.5)
     num_elite = max(2, round(0.2 * population))
     best = []  # empty, then the one best (score, candidate)
@@ -629,7 +646,9 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
     """log π(choice|x) of every choice, summed over its tokens: a tensor (C,) for each prompt.
 
     inputs: left-padded prompts from encode. choices: token ids of each prompt's own choices; C may
-    differ. Where a prompt's cache can be copied for its choices, it runs only once. Differentiable.
+    differ. Differentiable. Where a prompt's cache can be copied, the prompt runs only once. Its
+    last logits score the first token of each choice. Then the choices run on copies of its cache,
+    and each of their tokens scores the next.
     """
     if not can_repeat_cache(model, inputs):
         return whole_choice_log_probs(model, inputs, choices)
@@ -637,18 +656,18 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
     # The prompt of each choice, (N,): [0, 0, 0, 1, 1] for two prompts with 3 and 2 choices.
     prompt_of = torch.tensor([i for i, own in enumerate(choices) for _ in own]).to(model.device)
     tokens, mask = pad_right([choice for own in choices for choice in own], model.device)  # (N, T)
-    # 1) Every prompt runs once. Its last position predicts the first token of all its choices.
+    # 1) The prompts, and the first token of each choice.
     output = run_model(model, inputs, logits_to_keep=1, use_cache=True)
     log_probs = token_log_probs(output.logits[prompt_of, -1], tokens[:, 0])  # (N,)
-    # 2) The tokens of each choice but its last one are fed to a copy of its prompt's cache. Each
-    #    predicts the next.
+    # 2) The other tokens. The last column is not fed, as nothing comes after it.
     fed = tokens[:, :-1]  # (N, T - 1)
     if fed.shape[1] > 0:
         cache_name = "cache" if "cache" in output else "past_key_values"  # depends on the version
-        output[cache_name].batch_select_indices(prompt_of)  # in place: row i is now of choice i
+        cache = output[cache_name]
+        cache.batch_select_indices(prompt_of)  # in place: row i goes on with the prompt of choice i
         # The mask covers the cached prompt, too; run_model counts positions from it.
         fed_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
-        fed_inputs = {"input_ids": fed, "attention_mask": fed_mask, cache_name: output[cache_name]}
+        fed_inputs = {"input_ids": fed, "attention_mask": fed_mask, cache_name: cache}
         with use_expert_rows(model, prompt_of):
             logits = run_model(model, fed_inputs, use_cache=True).logits  # (N, T - 1, V)
         log_probs = log_probs + (token_log_probs(logits, tokens[:, 1:]) * mask[:, 1:]).sum(1)
@@ -684,6 +703,7 @@ def score_choices(
     model: Model, processor: Processor, task: Task, problems: list[dict], *, expert: Experts = None
 ) -> list[torch.Tensor]:
     """log π(choice|x) of each problem's choices, a tensor (C,) for each. expert: see use_expert."""
+    check_count(expert, problems)
     prompts = [task.conversation(problem) for problem in problems]
     choices = [choices_of(processor, task, problem) for problem in problems]
     lengths = [[len(choice.tokens) for choice in group] for group in choices]
@@ -700,29 +720,28 @@ def score_choices(
 def likeliest_choices(model, processor, task, problems, expert: Experts) -> list[Answer]:
     """The likeliest choice of each problem."""
     scores = score_choices(model, processor, task, problems, expert=expert)
-    answers = []
-    for problem, log_probs in zip(problems, scores):
-        answers.append(choices_of(processor, task, problem)[log_probs.argmax()])
-    return answers
+    choices = [choices_of(processor, task, problem) for problem in problems]
+    return [own_choices[log_probs.argmax()] for own_choices, log_probs in zip(choices, scores)]
 
 
 def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
     """The possible answers to a problem, not yet rewarded.
 
-    After a prefill their tokens begin with a space. Raises Transformer2Error if there are none, or
-    one without tokens.
+    After a prefill a space is put before them, unless they begin with one. Raises Transformer2Error
+    if there are none, or one without tokens.
     """
     texts = task.choices(problem) if callable(task.choices) else task.choices
     if not texts:
         question = problem.get("question")
         raise Transformer2Error(f"task {task.name} has no choices for the problem {question!r}")
     tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
-    # The text that a choice follows: plain prompt and prefill, or in a chat the prefill only.
+    # What a choice follows: plain prompt and prefill, or in a chat the prefill only.
     before = (prompt if isinstance(prompt, str) else "") + task.prefill
+    last_word = before.split(" ")[-1]
     choices = []
     for text in texts:
         space = " " if task.prefill and not text[:1].isspace() else ""
-        tokens = continuation(tokenizer, before, space + text)
+        tokens = continuation(tokenizer, last_word, space + text)
         if not tokens:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
         choices.append(Answer(tokens, text))
@@ -736,14 +755,13 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
 
 
 @lru_cache(maxsize=10_000)  # a search asks for the same choices again and again
-def continuation(tokenizer, before: str, text: str) -> list[int]:
-    """Token ids of a text that follows another: those of "is math" without those of "is".
+def continuation(tokenizer, last_word: str, text: str) -> list[int]:
+    """Token ids of a text that follows a word.
 
-    Alone, a text often begins with other tokens than after a word. So the last word of `before` is
-    tokenized with it. If that changes the word's own tokens, the text is tokenized alone. The
-    result is cached: do not change it.
+    A text often begins with other tokens alone than after a word. So both are tokenized together,
+    and the word's own tokens are dropped. If those are not at the start, as they have merged with
+    the text's, the text is tokenized alone. The result is cached: do not change it.
     """
-    last_word = before.split(" ")[-1]
     start = tokenizer(last_word, add_special_tokens=False)["input_ids"]
     joint = tokenizer(last_word + text, add_special_tokens=False)["input_ids"]
     if joint[: len(start)] == start:
@@ -783,6 +801,7 @@ def generate_answers(
     model, processor, conversations, expert, max_new_tokens, temperature, prefill, seed
 ) -> list[Answer]:
     """The answers with their token ids, end token included. Parameters as for generate."""
+    check_count(expert, conversations)
     settings = generation_settings(model, processor)
     ends = settings.eos_token_id or []
     causal_lm, tokenizer = without_peft(model), prepared_tokenizer(processor)
@@ -790,7 +809,7 @@ def generate_answers(
     def generate_batch(rows: list[int], inputs: dict) -> list[Answer]:
         prompt_length = inputs["input_ids"].shape[1]
         sampler = [RowSampler(model.device, seed, rows, temperature)] if temperature > 0 else []
-        # run_in_batches puts a row with less room than max_new_tokens alone: no other is cut.
+        # What the context has left. If it is less than max_new_tokens, the row is alone here.
         room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
@@ -838,19 +857,18 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, device: torch.device, seed: int, rows: list[int], temperature: float):
         self.temperature = temperature
-        # On a GPU 256 rows share a generator, whichever of them are in this batch: to start a draw
-        # takes longer there than to draw.
-        self.block_size = NOISE_BLOCKS.get(device.type, 1)
-        blocks = sorted({row // self.block_size for row in rows})
-        self.generators = []
+        # On a GPU starting a draw takes longer than drawing. So rows 0 to 255 share a generator
+        # there, 256 to 511 the next, and so on. It always draws for all of them, so that a row's
+        # noise does not depend on which others are in the batch.
+        size = NOISE_BLOCKS.get(device.type, 1)
+        blocks = sorted({row // size for row in rows})
+        self.block_size, self.generators = size, []
         for block in blocks:
             block_seed = (seed * 1_000_003 + block) % 2**63  # torch takes seeds below 2**63
             self.generators.append(torch.Generator(device).manual_seed(block_seed))
-        places = []
-        for row in rows:
-            block, place = divmod(row, self.block_size)
-            places.append(blocks.index(block) * self.block_size + place)
-        self.places = torch.tensor(places, device=device)  # (B,), in the noise of all blocks
+        # Where each row is in the noise of all blocks, one under the other: (B,).
+        places = [blocks.index(row // size) * size + row % size for row in rows]
+        self.places = torch.tensor(places, device=device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = []
@@ -867,10 +885,10 @@ def folded(
 ) -> contextlib.AbstractContextManager:
     """In this `with` block the layers run with W', built for the expert in use, where that pays.
 
-    It does from 64 new tokens: building W' costs about what it saves in 60. On a GPU all W' may
-    take a quarter of the free memory. In bfloat16 W' is rounded, which moves the log-probability of
-    a sampled token by 0.04 (SmolLM2; in float32 by 4e-6): there a sampled answer comes from the
-    factors, which are what trains.
+    That is for one expert and 64 new tokens or more, as building W' takes the time that it saves in
+    60, if all W' fit into a quarter of a GPU's free memory. In bfloat16 W' is rounded, which moves
+    the log-probability of a sampled token by 0.04 (SmolLM2; in float32 by 4e-6). So there sampled
+    answers come from the factors, which are what trains.
     """
     layers = svf_layers(model).values()
     dense_numbers = sum(layer.out_features * layer.in_features for layer in layers)
@@ -903,7 +921,7 @@ FALLBACK_TEMPLATE = (
 )
 # Tokens of a batch at most, padding included. On a GPU generation takes as many as fit its memory.
 BATCH_TOKENS = {"generation": 16384, "choices": 4096, "gradient": 2048}
-NOISE_BLOCKS = {"cuda": 256}  # rows of which a RowSampler draws the noise at once
+NOISE_BLOCKS = {"cuda": 256}  # rows that share a generator in RowSampler; elsewhere 1
 
 
 def category_question(conversation: Conversation, categories: list[str]) -> list[dict]:
@@ -1002,8 +1020,8 @@ def run_in_batches(
 
     lengths: for each prompt, the tokens of what may follow it: of one answer, or of each choice.
     kind: a key of BATCH_TOKENS. Several processes share the rows. If a GPU has no memory for a
-    batch, this one and all later ones are at most half as large. Raises Transformer2Error for a row
-    that does not fit alone.
+    batch, this one and all later ones of its kind are at most half as large. Raises
+    Transformer2Error for a row that does not fit the memory alone, or does not fit the context.
     """
     # 1) The lengths of the prompts. 256 at a time, as pictures are large.
     prompt_lengths = []
@@ -1012,7 +1030,12 @@ def run_in_batches(
         prompt_lengths += inputs["attention_mask"].sum(1).tolist()
     # 2) The longest first, so that the rows of a batch have similar lengths.
     totals = [prompt_length + max(own) for prompt_length, own in zip(prompt_lengths, lengths)]
-    waiting = my_share(sorted(range(len(totals)), key=totals.__getitem__, reverse=True))
+    longest_first = sorted(range(len(totals)), key=lambda row: totals[row], reverse=True)
+    waiting = my_share(longest_first)  # row numbers
+    context = context_length(model)
+    if kind != "generation" and totals[longest_first[0]] > context:
+        reason = f"a prompt and an answer of together {totals[longest_first[0]]} tokens"
+        raise Transformer2Error(f"{reason} do not fit the model's context of {context}")
 
     def count_tokens(rows: list[int]) -> int:
         """Tokens of a batch, with padding and with a copy of the prompt for each choice."""
@@ -1024,10 +1047,10 @@ def run_in_batches(
     results = {}
     with tqdm(total=len(waiting), leave=False, delay=3, disable=None) as bar:
         while waiting:
-            # 3) As many as fit. Generation ends a whole batch at the end of the context: a row that
-            #    may get there goes alone.
+            # 3) As many as fit. A whole batch stops generating when one row is at the end of the
+            #    context, so a row that may get there goes alone.
             size = 1
-            if totals[waiting[0]] <= context_length(model):
+            if totals[waiting[0]] <= context:
                 limit = most_tokens(model, kind)
                 while size < len(waiting) and count_tokens(waiting[: size + 1]) <= limit:
                     size += 1
@@ -1056,7 +1079,7 @@ def most_tokens(model, kind: str) -> float:
 
 
 def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception) -> None:
-    """Bounds all later batches of a kind by half the size of one that found no memory.
+    """After a batch found no memory: limits later ones of its kind to half its tokens.
 
     Raises Transformer2Error if that was a single row.
     """
@@ -1131,8 +1154,9 @@ def run_model(model, inputs: dict, logits_to_keep: int = 0, use_cache: bool = Fa
     options = {"use_cache": use_cache}
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = logits_to_keep
-    # Positions count real tokens only, so that left padding does not shift a prompt. The mask
-    # covers a cache, too; the input's positions are last. With pictures the model numbers them.
+    # Positions count real tokens only, so that left padding does not shift a prompt. With a cache
+    # the mask is longer than the input, whose own positions are the last. With pictures the model
+    # makes the positions itself.
     if "position_ids" in accepted and not has_pictures(inputs):
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         options["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
@@ -1161,7 +1185,8 @@ def reference_policy(model) -> contextlib.AbstractContextManager:
 def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextManager:
     """In this `with` block, transformer blocks save only their input and run again in backward().
 
-    A block does so only if its own `training` is True. The layers inside it stay in eval mode.
+    A block does so only if its own `training` is True, which also turns on the dropout that the
+    block itself applies: its rates become 0. The layers inside it stay in eval mode.
     """
     changes = []
     run_block = partial(run_checkpointed, use_reentrant=False)
@@ -1169,7 +1194,6 @@ def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextMana
         if enabled and isinstance(block, GradientCheckpointingLayer):
             changes += [(block, "gradient_checkpointing", True), (block, "training", True)]
             changes += [(block, "_gradient_checkpointing_func", run_block)]
-            # self.training turns on F.dropout(x, self.dropout, ...); nn.Dropout stays in eval mode.
             changes += [(block, name, 0.0) for name in vars(block) if name.endswith("dropout")]
     if enabled and not changes:
         raise Transformer2Error("this model cannot be checkpointed: leave checkpointing off")
@@ -1206,7 +1230,7 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
     except re.error as error:
-        reason = f"targets {targets!r} match no layer, not being a regular expression"
+        reason = f"targets {targets!r} match no layer and are no regular expression"
         raise Transformer2Error(f"{reason}: {way_out}") from error
     layers = {}
     for name, module in model.named_modules():
@@ -1215,7 +1239,8 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
         if is_linear and not is_head and pattern.search(name):
             if module.weight.element_size() > 1:  # 1 byte: a quantised layer
                 layers[name] = module
-    # Mixtures of experts may keep all matrices in one 3-D tensor (as convolutions do: skipped).
+    # Some mixtures of experts keep all their matrices in one 3-D parameter, which is no layer.
+    # Convolutions are 3-D, too.
     in_3d = [name for name, weight in model.named_parameters() if weight.dim() == 3]
     fused = [name for name in in_3d if "conv" not in name and pattern.search(name)]
     note = f"{len(fused)} fused weights of mixtures of experts cannot be adapted, like {fused[:1]}"
@@ -1253,7 +1278,7 @@ def stack_experts(expert: Experts, layers: dict[str, SVFLinear]) -> dict[str, to
             raise Transformer2Error(f"{reason}: use one expert for all, or adapt other layers")
         ones = torch.ones_like(layer.s)
         rows = [row_expert.get(name, ones).detach().to(ones) for row_expert in row_experts]
-        stacked[name] = torch.stack(rows) if len(rows) > 1 else rows[0]
+        stacked[name] = torch.stack(rows) if isinstance(expert, list) else rows[0]
     return stacked
 
 
@@ -1261,6 +1286,13 @@ def use_expert_rows(model, rows: torch.Tensor) -> contextlib.AbstractContextMana
     """In this `with` block row i uses the z of row rows[i]. A z that all rows share stays."""
     layers = [layer for layer in svf_layers(model).values() if layer.current_z().dim() > 1]
     return changed([(layer, "active_z", layer.current_z()[rows]) for layer in layers])
+
+
+def check_count(expert: Experts, rows: list) -> None:
+    """Raises Transformer2Error unless a list of experts has one for each row."""
+    if isinstance(expert, list) and len(expert) != len(rows):
+        reason = f"there are {len(expert)} experts for {len(rows)} rows"
+        raise Transformer2Error(f"{reason}: give one for each, or one for all")
 
 
 def select_experts(expert: Experts, rows: list[int]) -> Experts:
@@ -1288,6 +1320,8 @@ class Progress:
         self.parameters = {name.removesuffix(".z"): p for name, p in trainable}
         if not self.parameters:
             raise Transformer2Error("nothing in the model requires gradients: call apply_svf first")
+        if any(layer.active_z is not None for layer in svf_layers(model).values()):
+            raise Transformer2Error("use_expert hides the model's own z's: train outside of it")
         # Without weight decay, which would pull z to 0.
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=hp.lr, weight_decay=0.0)
         self.start = self.values()
@@ -1327,7 +1361,7 @@ class Progress:
             state = torch.load(path, map_location=device, weights_only=True)
             theirs = state["settings"]
             differing = [name for name in self.settings if theirs.get(name) != self.settings[name]]
-            if not differing:
+            if not differing:  # otherwise refused below
                 self.next_step = state["next_step"]
                 self.best, self.best_score = state["best"], state["best_score"]
                 self.set_values(state["values"])
@@ -1346,7 +1380,7 @@ def draw_problems(problems: list[dict], count: int, seed: int) -> list[dict]:
 
 
 def step_stats(step, task, answers: list[list[Answer]], hp, rollout_seconds: float) -> StepStats:
-    """The figures of a step that its answers tell."""
+    """The figures of a step that follow from its answers."""
     stats = StepStats(step, kl_coef=hp.kl_coef)
     batch = [answer for group in answers for answer in group]
     stats.reward = sum(answer.weight * answer.reward for answer in batch)
@@ -1446,7 +1480,8 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
             expert = {name: file.get_tensor(name) for name in file.keys()}
             header = (file.metadata() or {}).get("transformer2")
         check_values(expert)
-        if header is not None and header != expert_header(expert, facts):  # made from what was read
+        # Older files have no header. Otherwise what was read must give the same one again.
+        if header is not None and header != expert_header(expert, facts):
             raise ValueError("it is damaged or of a later format: its checksum does not match")
     except Exception as error:  # a damaged file raises errors of many kinds
         reason = f"cannot use the expert {path}: {error}"
