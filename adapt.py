@@ -1,6 +1,6 @@
 """Answers in two passes: pass 1 finds out which expert a prompt needs, pass 2 answers with it.
 
-python adapt.py                       # after `python train_expert.py`: all three strategies at work
+python adapt.py                       # after `python train_expert.py`: all three strategies on tiny
 python adapt.py --model tiny-vlm      # some held-out pictures, and what each expert says of them
 python adapt.py --model DIR "a prompt" ...    # your own prompts, with the experts in experts/DIR
 """
@@ -33,7 +33,6 @@ from transformer2 import (
 
 STRATEGIES = ["prompt", "classifier", "few-shot"]
 EXAMPLES = 6  # held-out problems that are answered, or pictures that are looked at
-MEMORY_ADVICE = "take a smaller model, or limit the answers with --max-new-tokens"
 
 
 @dataclass
@@ -84,7 +83,7 @@ def read_arguments() -> argparse.Namespace:
     add("--shots", type=int, default=10, help="problems that few-shot adaptation may look at")
     add("--population", type=int, help="candidates in an iteration; default: tiny 32, others 16")
     add("--iterations", type=int, help="of the search of few-shot; default: tiny 20, others 3")
-    add("--test-problems", type=int, help="score on so many held-out problems; default: all")
+    add("--test-problems", type=int, help="held-out ones to score; all, *-scored: 500 and 250")
     add("--max-new-tokens", type=int, help="of an answer; default: the task's own, 150 to a prompt")
     add("--seed", type=int, default=0, help="of the few-shot examples and of the search")
     add("--no-cache", action="store_true", help="keep no decompositions on disk, and read none")
@@ -297,4 +296,4 @@ def show_pictures(library: Library, tasks: list[Task]) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main, MEMORY_ADVICE)
+    guarded(main)

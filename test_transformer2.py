@@ -349,6 +349,15 @@ def test_a_list_of_experts_has_to_be_as_long_as_the_batch():
             model(input_ids=torch.tensor([[5, 6], [7, 8]]))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_list_of_experts_has_to_be_as_long_as_the_list_of_prompts(count):
+    model, experts, prompts = make_svf(), [None] * count, [say(SHORT), say(LONG)]
+    with pytest.raises(t2.Transformer2Error, match=f"there are {count} experts for 2 rows"):
+        t2.generate(model, TOKENIZER, prompts, expert=experts)
+    with pytest.raises(t2.Transformer2Error, match=f"there are {count} experts for 2 rows"):
+        t2.evaluate(model, TOKENIZER, choice_task(), some_problems()[:2], expert=experts)
+
+
 class Mixture(nn.Module):
     """Stands in for a mixture of experts, each an nn.Linear that sees tokens of any rows."""
 
@@ -772,7 +781,7 @@ def test_the_baseline_leaves_the_average_gradient_as_it_is():
 
 
 def choice_gradient(model: nn.Module, task: t2.Task, problems: list, hp: t2.Hyperparameters):
-    """Adds the gradient of a task with choices, and gives the figures of the step."""
+    """Sets the gradient of a task with choices, and gives the figures of the step."""
     answers = [t2.choices_of(TOKENIZER, task, problem) for problem in problems]
     for problem, choices in zip(problems, answers):
         for choice in choices:
@@ -781,7 +790,7 @@ def choice_gradient(model: nn.Module, task: t2.Task, problems: list, hp: t2.Hype
 
 
 def gradient_stats(model, task, problems, answers, hp) -> t2.StepStats:
-    """Adds the gradient of given answers, and gives the figures of the step."""
+    """Sets the gradient of given answers, and gives the figures of the step."""
     with t2.token_budget(model, hp.token_budget):
         answers = t2.set_gradient(model, TOKENIZER, task, problems, answers, hp)
     return t2.step_stats(1, task, answers, hp, rollout_seconds=1.0)
@@ -1091,8 +1100,33 @@ def test_reinforce_leaves_the_model_as_it_was():
         assert (expert[name] - start[name]).abs().max() < 0.3
 
 
+@pytest.mark.parametrize("name", ["batch_size", "validate_every", "validation_problems"])
+def test_training_settings_below_one_are_refused(name):
+    with pytest.raises(t2.Transformer2Error, match=f"{name} 0 must be at least 1"):
+        t2.reinforce(make_svf(), TOKENIZER, digit_task(), **{name: 0})
+
+
+def test_training_inside_of_use_expert_is_refused():
+    model = make_svf()
+    with pytest.raises(t2.Transformer2Error, match="train outside of it"):
+        with t2.use_expert(model, random_expert(model)):
+            t2.reinforce(model, TOKENIZER, digit_task())
+
+
+@pytest.mark.parametrize("choices", [None, ["B", "A B" * 100]])
+def test_an_answer_that_does_not_fit_the_context_after_its_prompt_is_refused(choices):
+    model, task = make_svf(), toy(checksum, choices=choices)
+    sentence = f"an answer of together [0-9]+ tokens do not fit the model's context of {CONTEXT}"
+    with pytest.raises(t2.Transformer2Error, match=sentence):
+        if choices:
+            t2.evaluate(model, TOKENIZER, task, some_problems())
+        else:
+            answers, hp = [[t2.Answer([5] * CONTEXT, text="")]], t2.Hyperparameters()
+            t2.set_gradient(model, TOKENIZER, task, some_problems()[:1], answers, hp)
+
+
 def test_reinforce_leaves_the_model_as_it_was_after_an_exception():
-    """Here it comes in the middle of a step, when a part of the gradient is there."""
+    """Here it comes in the middle of the third step."""
     model, calls = make_svf(), itertools.count()
 
     def failing_reward(completion: str, problem: dict) -> float:
@@ -1522,7 +1556,8 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("family", GENERATION_FAMILIES)
-def test_80_greedy_tokens_in_a_padded_batch_alone_and_by_plain_transformers(family):
+def test_80_greedy_tokens_in_a_padded_batch_alone_and_by_plain_transformers(family, monkeypatch):
+    monkeypatch.setattr(t2, "folded", lambda *about: contextlib.nullcontext())  # by the factors
     model = never_ends(make(family, seed=2))
     plain = [plain_answer(model, prompt_ids(text), max_new_tokens=80) for text in (SHORT, LONG)]
     assert len(set("".join(plain))) > 5  # no endless repetition of one token
@@ -1548,25 +1583,15 @@ def test_draws_follow_softmax_of_logits_over_temperature():
         assert draws.count(text) / n == pytest.approx(p, abs=4.5 * deviation)
 
 
-def test_draws_do_not_depend_on_how_rows_are_cut_into_batches():
+@pytest.mark.parametrize("noise_blocks", [{}, {"cpu": 16}])  # on a GPU rows share generators
+def test_draws_do_not_depend_on_how_rows_are_cut_into_batches(noise_blocks, monkeypatch):
+    monkeypatch.setattr(t2, "NOISE_BLOCKS", noise_blocks)
     model = never_ends(make())
     conversations = [say(f"What is {i} plus 2?" + " A" * i) for i in range(24)]
     how = dict(max_new_tokens=48, temperature=1.0, seed=5)
     together = t2.generate(model, TOKENIZER, conversations, **how)
     assert len(set(together)) == 24
     for budget in (1, 300):
-        with t2.token_budget(model, budget):
-            assert t2.generate(model, TOKENIZER, conversations, **how) == together
-
-
-def test_noise_that_is_drawn_for_several_rows_at_once_does_not_depend_on_batches(monkeypatch):
-    monkeypatch.setattr(t2, "NOISE_BLOCKS", {"cpu": 16})  # as on a GPU
-    model = never_ends(make())
-    conversations = [say(f"What is {i} plus 2?" + " A" * (i % 5)) for i in range(24)]
-    how = dict(max_new_tokens=16, temperature=1.0, seed=5)
-    together = t2.generate(model, TOKENIZER, conversations, **how)
-    assert len(set(together)) == 24
-    for budget in (1, 100, 300):
         with t2.token_budget(model, budget):
             assert t2.generate(model, TOKENIZER, conversations, **how) == together
 
@@ -1953,9 +1978,7 @@ def test_a_row_that_does_not_fit_is_one_sentence_and_the_model_stays_as_it_was(w
     for layer in t2.svf_layers(model).values():
         layer.z.grad = torch.full_like(layer.z, 7.0)
     states = {name: dict(vars(module)) for name, module in model.named_modules()}
-    sentence = (
-        f"^the memory is too small for a single row of {tokens} tokens: shorten prompts or .*$"
-    )
+    sentence = f"^the memory is too small for a single row of {tokens} tokens: go on with .*$"
     with pytest.raises(t2.Transformer2Error, match=sentence), device_for(0, model):
         work(model)
     for name, module in model.named_modules():

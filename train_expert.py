@@ -1,6 +1,6 @@
 """Trains experts: a model and a task go in, a file with one z per weight matrix comes out.
 
-    python train_expert.py                     # without a GPU: the built-in tiny model, all of it
+    python train_expert.py                     # without a GPU: four experts of the tiny model
     python train_expert.py --model tiny-vlm    # the built-in model that sees pictures
     python train_expert.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k
 
@@ -44,11 +44,6 @@ from transformer2 import (
     token_budget,
 )
 
-MEMORY_ADVICE = (
-    "go on with --resume --checkpointing, or with --resume --token-budget N and a smaller N, "
-    "or start again with a smaller --layers"
-)
-
 
 def main() -> None:
     args = read_arguments()
@@ -73,26 +68,20 @@ def read_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'; default: tiny, or a 0.5B on a GPU")
-    add("--task", nargs="+", metavar="T", help=", ".join(TASKS) + "; default: gsm8k, tiny: all its")
+    add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'; default: tiny, on a GPU a Qwen2.5")
+    add("--task", nargs="+", metavar="T", help=", ".join(TASKS) + "; default: gsm8k, tiny: four")
     add("--targets", default="mlp", help="mlp, attention, all, or a regular expression over layers")
-    add("--layers", type=float, default=1.0, help="share of the blocks that train, the last; to 1")
-    add("--steps", type=int, help="updates of z; this and the next three: default the task's own")
-    add("--batch-size", type=int, help="problems in an update")
     add(
-        "--token-budget",
-        type=int,
-        help="most tokens in a batch, whatever it is for; fewer: less memory",
+        "--layers", type=float, default=1.0, help="share of the blocks that train, from the last on"
     )
+    add("--steps", type=int, help="updates of z; of this and the next two: default the task's own")
+    add("--batch-size", type=int, help="problems in an update")
     add("--lr", type=float, help="learning rate; it falls to 0 along a cosine")
     add("--kl-coef", type=float, help="λ, the weight of the KL; at 0, the default, not computed")
-    add("--validation-problems", type=int, help="the first N choose the best step; 128")
+    add("--token-budget", type=int, help="most tokens in a batch of any kind; fewer: less memory")
+    add("--validation-problems", type=int, help="the first N choose the best step; default: 128")
     add("--seed", type=int, help="of the draw of problems and of the sampled answers")
-    add(
-        "--test-problems",
-        type=int,
-        help="score on the first N held-out ones; all, ARC scored: 500, 250",
-    )
+    add("--test-problems", type=int, help="held-out ones to score; all, *-scored: 500 and 250")
     add("--max-new-tokens", type=int, help="of an answer; default: the task's own limit")
     add("--checkpointing", action="store_true", default=None, help="less memory, a third more time")
     add("--device-map", help="auto: spread a model over several GPUs (needs accelerate)")
@@ -294,7 +283,7 @@ def check_numbers(args: argparse.Namespace, positive: list[str]) -> None:
             raise Transformer2Error(f"{flag} is out of range: it must be at least {least}")
 
 
-def guarded(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> None:
+def guarded(main: Callable[[], None]) -> None:
     """Runs a command line. What its user can put right is one sentence and exit code 2."""
     try:
         main()
@@ -302,9 +291,9 @@ def guarded(main: Callable[[], None], memory_advice: str = MEMORY_ADVICE) -> Non
     except (Transformer2Error, OSError) as error:
         message, code = f"error: {error}", 2
     except torch.OutOfMemoryError:
-        message, code = f"error: the GPU's memory is full: {memory_advice}", 2
+        message, code = "error: the GPU's memory is full: take a smaller model", 2
     except KeyboardInterrupt:
-        message, code = "\nstopped; training goes on from the last step with --resume", 130
+        message, code = "\nstopped; train_expert.py goes on from the last step with --resume", 130
     print(message, file=sys.stderr)
     sys.exit(code)
 

@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -258,7 +258,7 @@ class StepStats:
     lr: float | None = None
     mean_length: float | None = None  # tokens of a sampled answer
     cut_off: float | None = None  # share of the sampled answers that ended at the token limit
-    tokens_per_second: float | None = None  # of sampling
+    tokens_per_second: float | None = None  # of sampling, rewards included
     seconds: float | None = None
     validation: float | None = None  # accuracy, in the steps that measure it
 
@@ -367,8 +367,12 @@ def rollout(model, processor, task, problems, expert, temperature, seed) -> list
         answers = generate_answers(model, processor, prompts, expert, *sampling)
     else:
         answers = likeliest_choices(model, processor, task, problems, expert)
-    for answer, problem in zip(answers, problems):
-        answer.reward = float(task.reward(answer.text, problem))
+    # Several processes share the rewards, too: a program takes long to test.
+    rewards = {}
+    for row in my_share(range(len(problems))):
+        rewards[row] = float(task.reward(answers[row].text, problems[row]))
+    for row, reward in merge_shares(rewards).items():
+        answers[row].reward = reward
     return answers
 
 
@@ -410,10 +414,9 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
         for total, gradient in zip(sums, gradients):
             total += gradient
         # 4) What step_stats needs.
-        for i, answer in enumerate(batch):
-            answer.weight = weights[i].item()
-            answer.log_prob = log_probs[i].item()
-            answer.ref_log_prob = ref_log_probs[i].item()
+        figures = torch.stack([weights, log_probs, ref_log_probs], dim=1).tolist()
+        for answer, own_figures in zip(batch, figures):
+            answer.weight, answer.log_prob, answer.ref_log_prob = own_figures
         return [answers[row] for row in rows]
 
     # With several processes, others have run a part of the answers.
@@ -848,7 +851,7 @@ def generation_settings(model, processor) -> GenerationConfig:
 
 
 class RowSampler(LogitsProcessor):
-    """Samples each row of a batch from a random stream of its own.
+    """Samples each row of a batch with noise of its own.
 
     The Gumbel trick: for exponential noise E, -log E is Gumbel noise, and the argmax over the
     vocabulary of logits / temperature - log E is a draw from softmax(logits / temperature). So the
@@ -1070,12 +1073,12 @@ def run_in_batches(
 
 def most_tokens(model, kind: str) -> float:
     """How many tokens a batch may have, padding included. kind: a key of BATCH_TOKENS."""
-    limit = BATCH_TOKENS[kind]
-    if kind == "generation" and free_memory(model) < math.inf:  # on a GPU
-        limit = free_memory(model) / cache_bytes(model)
-    budget = vars(model).get("token_budget", math.inf)  # set by token_budget
+    limit, memory = BATCH_TOKENS[kind], free_memory(model)
+    if kind == "generation" and memory < math.inf:  # on a GPU
+        limit = memory / cache_bytes(model)
+    limit = vars(model).get("token_budget", limit)  # set by token_budget
     fitted = vars(model).get("fitting_tokens", {}).get(kind, math.inf)  # set by halve_batches
-    return min(limit, budget, fitted)
+    return min(limit, fitted)
 
 
 def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception) -> None:
@@ -1085,12 +1088,13 @@ def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception
     """
     if num_rows == 1:
         reason = f"the memory is too small for a single row of {tokens} tokens"
-        way_out = "shorten prompts or answers, use checkpointing, or take a smaller model"
+        way_out = "go on with checkpointing, or begin again with shorter answers or a smaller model"
         raise Transformer2Error(f"{reason}: {way_out}") from error
     fitting_tokens = vars(model).setdefault("fitting_tokens", {})
     if not fitting_tokens:  # said once
         note = f"the memory is too small for {tokens} tokens in a batch, going on with half of them"
-        print(f"note: {note}; a token budget of {tokens // 2} or less avoids this", file=sys.stderr)
+        note += f"; a token budget of {tokens // 2} or less avoids this"
+        tqdm.write(f"note: {note}", file=sys.stderr)
     fitting_tokens[kind] = tokens // 2
 
 
@@ -1401,7 +1405,7 @@ def process_rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def my_share(rows: list[int]) -> list[int]:
+def my_share(rows: Sequence[int]) -> Sequence[int]:
     """Every n-th row, where n processes share the work; all rows for one process."""
     if not distributed.is_initialized():
         return rows

@@ -89,7 +89,7 @@ def next_token(
     for step in range(hp.steps + 1):
         if step > 0:  # step 0 only validates the start
             problems = t2.draw_problems(train_problems, hp.batch_size, hp.seed * 100_003 + step)
-            add_next_token_gradient(model, processor, task, problems)
+            set_next_token_gradient(model, processor, task, problems, hp)
             t2.descend(progress, t2.StepStats(step), hp)
         if step % hp.validate_every == 0 or step == hp.steps:
             z = t2.get_expert(model)  # None would be the base model
@@ -101,22 +101,13 @@ def next_token(
     return progress.best
 
 
-def add_next_token_gradient(model, processor, task, problems: list[dict]) -> None:
-    """Adds the gradient of the mean cross-entropy of a token of the solutions."""
-    prompts = [task.conversation(problem) for problem in problems]
+def set_next_token_gradient(model, processor, task, problems: list[dict], hp) -> None:
+    """Sets the gradient of a token's mean cross-entropy: all solutions have the same reward."""
     solutions = [solution_tokens(processor, task, problem) for problem in problems]
-    num_tokens = sum(len(tokens) for tokens in solutions)
-    lengths = [[len(tokens)] for tokens in solutions]  # one solution for each prompt
-
-    def add_batch_gradient(rows: list[int], inputs: dict) -> list[None]:
-        log_probs = t2.completion_log_probs(model, inputs, [solutions[row] for row in rows])
-        loss = -log_probs.sum() / num_tokens
-        loss.backward()
-        return [None] * len(rows)
-
-    t2.run_in_batches(
-        model, processor, prompts, task.prefill, lengths, "gradient", add_batch_gradient
-    )
+    reward = len(problems) / sum(len(tokens) for tokens in solutions)
+    answers = [[t2.Answer(tokens, text="", reward=reward)] for tokens in solutions]
+    hp = replace(hp, baseline=False, kl_coef=0.0)
+    t2.set_gradient(model, processor, replace(task, choices=None), problems, answers, hp)
 
 
 def solution_tokens(processor: t2.Processor, task: t2.Task, problem: dict) -> list[int]:

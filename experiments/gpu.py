@@ -37,9 +37,6 @@ def main() -> None:
     args = read_arguments()
     if not torch.cuda.is_available():
         raise t2.Transformer2Error("this machine has no GPU: there is nothing to measure")
-    if args.gib:
-        total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(args.gib / total_gib)
     rows = []
     for name in args.only or SHAPES:
         print(f"\n{name}", flush=True)
@@ -47,7 +44,7 @@ def main() -> None:
         rows[-1] |= measure_step(SHAPES[name], args.step_rows, args.step_tokens)
         if args.json:  # after each model, so that nothing is lost
             about = {**about_this_run(), "step_rows": args.step_rows}
-            about |= {"step_tokens": args.step_tokens, "gib": args.gib}
+            about["step_tokens"] = args.step_tokens
             content = {"about": about, "rows": rows}
             write_text(json.dumps(content, indent=1) + "\n", args.json)
 
@@ -59,7 +56,6 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=SHAPES, help="shapes; default: all")
     parser.add_argument("--step-rows", type=int, default=256, help="problems of a training step")
     parser.add_argument("--step-tokens", type=int, default=512, help="of each of its answers")
-    parser.add_argument("--gib", type=float, help="use only so much memory, as of a smaller card")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     return parser.parse_args()
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,7 +37,6 @@ from experiments.steps import (
     counted_memory,
     make_rows,
     our_step,
-    our_step_in_one_piece,
     peak_gib,
     with_lora,
 )
@@ -181,11 +179,12 @@ def measure_large_step(bench: Benchmark) -> None:
     rows = make_rows(bench.model, bench.processor, 64)
     composed = ComposedForm(bench.dense_model, bench.model)
     in_micro_batches = our_step(bench.model, bench.processor, rows)
+    in_one_piece = our_step(bench.model, bench.processor, rows, token_budget=10**9)
     ways = {"composed form": lambda: composed.step(rows), "ours": in_micro_batches}
     bench.report("training step, 64 rows of 128 tokens", "s", bench.seconds(ways))
 
     peaks = {
-        "in one piece": peak_gib(our_step_in_one_piece(bench.model, rows), bench.model),
+        "in one piece": peak_gib(in_one_piece, bench.model),
         "in micro-batches": peak_gib(in_micro_batches, bench.model),
     }
     bench.report("peak memory of our step with 64 rows, weights included", "GiB", peaks)
@@ -212,17 +211,10 @@ def random_experts(model: nn.Module) -> list[t2.Expert]:
     return experts
 
 
-@contextlib.contextmanager
-def endless_answers(*models: nn.Module) -> Iterator[None]:
-    """Inside, no token ends an answer, so that every answer has its full length."""
-    before = [model.generation_config.eos_token_id for model in models]
-    try:
-        for model in models:
-            model.generation_config.eos_token_id = 2**40  # there is no such token
-        yield
-    finally:
-        for model, eos_token_id in zip(models, before):
-            model.generation_config.eos_token_id = eos_token_id
+def endless_answers(*models: nn.Module) -> contextlib.AbstractContextManager:
+    """In this `with` block no token ends an answer, so that every answer has its full length."""
+    no_token = 2**40
+    return t2.changed([(model.generation_config, "eos_token_id", no_token) for model in models])
 
 
 def measure_generation(bench: Benchmark) -> None:
@@ -332,29 +324,18 @@ def measure_options(bench: Benchmark) -> None:
         return [" " + text for text in problem["options"]]
 
     task = t2.Task("options", list, conversation, reward=None, choices=options)
-    rewards = torch.tensor([1.0, -1.0, -1.0, -1.0], device=model.device)  # any values do
+    answers = [t2.choices_of(bench.processor, task, problem) for problem in problems]
+    for choices in answers:
+        choices[0].reward = 1.0  # any values do
 
-    all_choices = []
-    for problem in problems:
-        choices = t2.choices_of(bench.processor, task, problem)
-        all_choices.append([choice.tokens for choice in choices])
-    lengths = [[len(tokens) for tokens in own] for own in all_choices]
-    prompts = [conversation(problem) for problem in problems]
+    def cached() -> None:
+        t2.set_gradient(model, bench.processor, task, problems, answers, t2.Hyperparameters())
 
-    def step(score: Callable) -> None:  # what set_gradient does at λ = 0
-        def add_gradient(rows: list[int], inputs: dict) -> list[None]:
-            scores = score(model, inputs, [all_choices[row] for row in rows])
-            log_pi = torch.cat([own_scores.log_softmax(0) for own_scores in scores])
-            probs, advantages = log_pi.detach().exp(), rewards.repeat(len(rows))
-            t2.reinforce_loss(log_pi, log_pi, advantages, 0.0, weights=probs).backward()
-            return [None] * len(rows)
+    def whole_sequences() -> None:
+        with t2.changed([(t2, "choice_log_probs", t2.whole_choice_log_probs)]):
+            cached()
 
-        t2.run_in_batches(model, bench.processor, prompts, "", lengths, "gradient", add_gradient)
-
-    ways = {
-        "whole sequences": lambda: step(t2.whole_choice_log_probs),
-        "ours, cached": lambda: step(t2.choice_log_probs),
-    }
+    ways = {"whole sequences": whole_sequences, "ours, cached": cached}
     bench.report("four options of 32 questions, forward and backward", "s", bench.seconds(ways))
 
 

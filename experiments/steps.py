@@ -92,15 +92,6 @@ def our_step(
     return step
 
 
-def our_step_in_one_piece(model: nn.Module, rows: Rows) -> Way:
-    """The same with all rows in one micro-batch, however large their logits are."""
-    prompts = rows.sequences[:, :PROMPT_LENGTH]
-    inputs = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
-    completions = [answer.tokens for answer in rows.answers]
-    hp = t2.Hyperparameters()
-    return lambda: micro_batch_step(model, inputs, completions, rows.advantages, hp)
-
-
 def micro_batch_step(
     model: nn.Module,
     inputs: dict[str, torch.Tensor],

@@ -97,7 +97,7 @@ class TrainingLog:
         for kind, sentence in troubles(stats).items():
             self.warnings[kind] += 1
             if self.warnings[kind] % 10 == 1:
-                print(f"warning: step {stats.step}: {sentence}")
+                tqdm.write(f"warning: step {stats.step}: {sentence}")
 
     def print_conclusions(self) -> None:
         """Prints what went wrong in the whole run, from the log, which has all its steps."""
@@ -195,11 +195,9 @@ def troubles(stats: StepStats) -> dict[str, str]:
         sentences["cut off"] = f"{reason}: a larger --max-new-tokens lets them end"
     if stats.skipped:
         sentences["skipped"] = "its gradient or loss is not finite: the step was left out"
-    elif stats.reward_deviation is not None:
-        # The weights of the answers are rounded to 7 digits.
-        if stats.reward_deviation < 1e-6 * max(1.0, abs(stats.reward)):
-            reason = f"all rewards are equal ({stats.reward:+.3f})"
-            sentences["equal"] = f"{reason}: nothing can be learned from them"
+    elif stats.reward_deviation == 0:
+        reason = f"all rewards are equal ({stats.reward:+.3f})"
+        sentences["equal"] = f"{reason}: nothing can be learned from them"
     return sentences
 
 

@@ -190,14 +190,12 @@ def test_resume_refuses_another_run_and_says_what_differs(
     assert re.search(rf"\b{name}\b", error)
 
 
-def test_a_full_gpu_is_met_with_advice_that_resume_takes(refusal, monkeypatch):
+def test_a_model_that_does_not_fit_the_gpu_is_one_sentence(refusal, monkeypatch):
     def run_out_of_memory(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train_expert, "reinforce", run_out_of_memory)
-    error = refusal(train_expert, "--task", "addition", *FEW)
-    assert "--resume --checkpointing" in error
-    assert "--resume --token-budget N" in error
+    monkeypatch.setattr(train_expert, "apply_svf", run_out_of_memory)
+    assert "take a smaller model" in refusal(train_expert, "--task", "addition", *FEW)
 
 
 def test_a_built_in_model_is_pretrained_once(run_script, monkeypatch):
