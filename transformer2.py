@@ -237,7 +237,7 @@ class Answer:
     cut_off: bool = False  # it ended at the token limit
     problem: dict | None = None  # set by update, for on_step
     reward: float = 0.0
-    # Set by set_gradient:
+    # Set by set_gradient and batch_loss:
     advantage: float = 0.0  # the reward, minus the baseline if there is one
     weight: float = 0.0  # 1 / problems in the batch, times π(choice) if it is a choice
     log_prob: float = 0.0  # log π_W'(ŷ|x)
@@ -390,34 +390,14 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     sums = [torch.zeros_like(parameter) for parameter in parameters]
 
     def add_batch_gradient(rows: list[int], inputs: dict) -> list[list[Answer]]:
-        completions = [[answer.tokens for answer in answers[row]] for row in rows]
-        batch = [answer for row in rows for answer in answers[row]]  # N answers
+        batch = [answers[row] for row in rows]
         with checkpointing(model, hp.checkpointing):
-            # 1) log π_W'(ŷ|x) and log π_W(ŷ|x), both (N,). At λ = 0 π_W does not matter.
-            log_probs = answer_log_probs(model, task, inputs, completions)
-            ref_log_probs = log_probs.detach()
-            if hp.kl_coef > 0:
-                with torch.no_grad(), reference_policy(model):
-                    ref_log_probs = answer_log_probs(model, task, inputs, completions)
-            # 2) Each answer's weight in the mean: 1 / problems, times π(choice) if all are given.
-            #    No gradient flows through it: it is the probability in the expectation.
-            weights = torch.ones_like(log_probs) / len(problems)
-            if task.choices is not None:
-                weights = weights * log_probs.detach().exp()
-            # 3) The gradient of -J. backward() would leave a part of it in z.grad if memory ran out
-            #    halfway.
-            advantages = log_probs.new_tensor([answer.advantage for answer in batch])
-            loss = reinforce_loss(log_probs, ref_log_probs, advantages, hp.kl_coef, weights)
-            if not loss.isfinite():
-                loss = loss * math.nan  # makes the gradient nan, so that descend skips the step
+            loss = batch_loss(model, task, inputs, batch, len(problems), hp)
+            # backward() would leave a part of the gradient if memory ran out halfway.
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         for total, gradient in zip(sums, gradients):
             total += gradient
-        # 4) What step_stats needs.
-        figures = torch.stack([weights, log_probs, ref_log_probs], dim=1).tolist()
-        for answer, own_figures in zip(batch, figures):
-            answer.weight, answer.log_prob, answer.ref_log_prob = own_figures
-        return [answers[row] for row in rows]
+        return batch
 
     # With several processes, others have run a part of the answers.
     all_answers = run_in_batches(
@@ -428,14 +408,35 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     return all_answers
 
 
-def set_advantages(answers: list[list[Answer]], use_baseline: bool) -> None:
-    """Sets each answer's advantage: its reward, or leave_one_out_advantages with a baseline."""
-    batch = [answer for group in answers for answer in group]
-    advantages = torch.tensor([answer.reward for answer in batch])
-    if use_baseline:
-        advantages = leave_one_out_advantages(advantages)
-    for answer, advantage in zip(batch, advantages.tolist()):
-        answer.advantage = advantage
+def batch_loss(
+    model, task, inputs: dict, groups: list[list[Answer]], num_problems: int, hp: Hyperparameters
+) -> torch.Tensor:
+    """A scalar whose gradient is this batch's part of -∇J. Sets what it finds out in the answers.
+
+    inputs: prompts from encode. groups: the answers to each. num_problems: of all batches.
+    """
+    answers = [answer for group in groups for answer in group]  # N
+    completions = [[answer.tokens for answer in group] for group in groups]
+    # 1) log π_W'(ŷ|x) and log π_W(ŷ|x), both (N,). At λ = 0 π_W does not matter.
+    log_probs = answer_log_probs(model, task, inputs, completions)
+    ref_log_probs = log_probs.detach()
+    if hp.kl_coef > 0:
+        with torch.no_grad(), reference_policy(model):
+            ref_log_probs = answer_log_probs(model, task, inputs, completions)
+    # 2) Each answer's weight in the mean: 1 / problems, times π(choice) if all choices are given.
+    #    No gradient flows through it: it is the probability in the expectation.
+    weights = torch.ones_like(log_probs) / num_problems
+    if task.choices is not None:
+        weights = weights * log_probs.detach().exp()
+    figures = torch.stack([weights, log_probs, ref_log_probs], dim=1).tolist()
+    for answer, own_figures in zip(answers, figures):
+        answer.weight, answer.log_prob, answer.ref_log_prob = own_figures
+    # 3) The loss
+    advantages = log_probs.new_tensor([answer.advantage for answer in answers])
+    loss = reinforce_loss(log_probs, ref_log_probs, advantages, hp.kl_coef, weights)
+    if not loss.isfinite():
+        loss = loss * math.nan  # makes the gradient nan, so that descend skips the step
+    return loss
 
 
 def answer_log_probs(model, task, inputs: dict, completions: list[list[list[int]]]) -> torch.Tensor:
@@ -1381,6 +1382,16 @@ def draw_problems(problems: list[dict], count: int, seed: int) -> list[dict]:
     """Some of the problems, each at most once, in random order."""
     order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed))
     return [problems[i] for i in order[:count]]
+
+
+def set_advantages(answers: list[list[Answer]], use_baseline: bool) -> None:
+    """Sets each answer's advantage: its reward, or leave_one_out_advantages with a baseline."""
+    batch = [answer for group in answers for answer in group]
+    advantages = torch.tensor([answer.reward for answer in batch])
+    if use_baseline:
+        advantages = leave_one_out_advantages(advantages)
+    for answer, advantage in zip(batch, advantages.tolist()):
+        answer.advantage = advantage
 
 
 def step_stats(step, task, answers: list[list[Answer]], hp, rollout_seconds: float) -> StepStats:
