@@ -82,7 +82,8 @@ def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 class SVFLinear(nn.Module):
     """y = U diag(s * z) Vᵀ x + b, in place of a linear layer. z (r,) is all that trains.
 
-    The gradient needs no W', so backward makes no (m, n) gradient. x: (B, ..., in_features).
+    In training W' is not built: x goes through Vᵀ, then s * z, then U. So the gradient of z takes r
+    numbers for a token, and never a matrix of W's size. x: (B, ..., in_features).
     """
 
     def __init__(self, linear: nn.Linear | Conv1D, cache_dir: str | Path | None = None):
@@ -133,6 +134,8 @@ def apply_svf(model: Model, targets: str = "mlp", cache_dir: str | Path | None =
     """
     layers = matching_layers(model, targets).items()
     model.requires_grad_(False)
+    for layer in svf_layers(model).values():  # of a former call
+        layer.z.requires_grad_(True)
     for name, layer in tqdm(layers, desc="decomposing", leave=False, delay=2, disable=None):
         model.set_submodule(name, SVFLinear(layer, cache_dir))
     return model.eval()
@@ -177,10 +180,11 @@ def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManag
 #
 # Eq. 1 is     J(z) = E[ log π_W'(ŷ|x) r(ŷ, y) ] - λ KL( π_W' ‖ π_W ),   ŷ drawn from π_W'( · | x).
 #
-# In the first term REINFORCE differentiates only log π_W', at the drawn ŷ. The KL is an expectation
-# itself, of log(π_W' / π_W) over ŷ from π_W'. Its gradient has two parts: as z changes which ŷ are
-# drawn, E[ ∇ log π_W' · log(π_W' / π_W) ], and as z changes the logarithm, E[ ∇ log π_W' ]. The
-# second is 0, because probabilities add up to 1. So
+# In the first term REINFORCE differentiates only log π_W', at the drawn ŷ. The KL is the mean of
+# log(π_W' / π_W) over ŷ from π_W'. So z enters it twice, in the probabilities of the ŷ and in the
+# logarithm, and its gradient is a sum:
+#     ∇KL = E[ ∇ log π_W' · log(π_W' / π_W) ] + E[ ∇ log π_W' ].
+# The last term is the sum over all ŷ of ∇π_W'(ŷ), which is ∇1 = 0. So
 #     ∇J = E[ ∇ log π_W'(ŷ|x) · ( r(ŷ, y) - λ log( π_W'(ŷ|x) / π_W(ŷ|x) ) ) ].
 # This is also the gradient of E[r] - λ KL. One sampled answer to each problem estimates it: see
 # reinforce_loss below.
@@ -239,9 +243,9 @@ class Answer:
     reward: float = 0.0
     # Set by set_gradient and batch_loss:
     advantage: float = 0.0  # the reward, minus the baseline if there is one
-    weight: float = 0.0  # 1 / problems in the batch, times π(choice) if it is a choice
+    weight: float = 0.0  # 1 / problems in the update; for a choice, times its probability
     log_prob: float = 0.0  # log π_W'(ŷ|x)
-    ref_log_prob: float = 0.0  # log π_W(ŷ|x)
+    ref_log_prob: float = 0.0  # log π_W(ŷ|x); at λ = 0 not computed, and the same
 
 
 @dataclass
@@ -249,7 +253,7 @@ class StepStats:
     """The figures of a training step. What was not measured is None; step 0 only validates."""
 
     step: int = 0
-    reward: float | None = None  # the mean over the problems
+    reward: float | None = None  # the mean over the problems; with choices, of the expected reward
     reward_deviation: float | None = None  # standard deviation; 0: rewards teach nothing
     kl: float | None = None  # KL(π_W' ‖ π_W), estimated unless there are choices
     kl_coef: float | None = None  # λ
@@ -280,7 +284,7 @@ def reinforce(
     on from there. on_step: called with the figures of each step and one answer to each problem, the
     sampled one or the likeliest choice, before the checkpoint is written. Step 0 only validates and
     has no answers. Raises Transformer2Error for no problems, nothing that requires gradients, a KL
-    without a base model, or a checkpoint that is damaged or of another run.
+    without a base model, or a checkpoint that is damaged or of other settings.
     """
     hp = Hyperparameters(**hyperparameters)
     model.eval()  # dropout would change the policy
@@ -304,7 +308,7 @@ def reinforce(
             if step > 0:  # step 0 only validates the start
                 stats, answers = update(model, processor, task, train_problems, progress, hp, step)
             if step % hp.validate_every == 0 or step == hp.steps:
-                z = get_expert(model)  # as trained so far; without z evaluate takes the base model
+                z = get_expert(model)  # as trained so far; None would be the base model
                 stats.validation = evaluate(model, processor, task, held_out_problems, expert=z)
                 if stats.validation >= progress.best_score:  # at a tie the later one
                     progress.best, progress.best_score = progress.values(), stats.validation
@@ -399,7 +403,7 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
             total += gradient
         return batch
 
-    # With several processes, others have run a part of the answers.
+    # With several processes each has handled only its share; all answers come back.
     all_answers = run_in_batches(
         model, processor, prompts, task.prefill, lengths, "gradient", add_batch_gradient
     )
@@ -411,9 +415,9 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
 def batch_loss(
     model, task, inputs: dict, groups: list[list[Answer]], num_problems: int, hp: Hyperparameters
 ) -> torch.Tensor:
-    """A scalar whose gradient is this batch's part of -∇J. Sets what it finds out in the answers.
+    """A scalar whose gradient is this batch's part of -∇J. Sets the figures of the answers.
 
-    inputs: prompts from encode. groups: the answers to each. num_problems: of all batches.
+    inputs: prompts from encode. groups: the answers to each. num_problems: of the whole update.
     """
     answers = [answer for group in groups for answer in group]  # N
     completions = [[answer.tokens for answer in group] for group in groups]
@@ -423,8 +427,8 @@ def batch_loss(
     if hp.kl_coef > 0:
         with torch.no_grad(), reference_policy(model):
             ref_log_probs = answer_log_probs(model, task, inputs, completions)
-    # 2) Each answer's weight in the mean: 1 / problems, times π(choice) if all choices are given.
-    #    No gradient flows through it: it is the probability in the expectation.
+    # 2) The loss is a mean over problems, so each answer counts 1 / num_problems. Where all choices
+    #    of a problem are given, each counts by its probability, which is a constant here.
     weights = torch.ones_like(log_probs) / num_problems
     if task.choices is not None:
         weights = weights * log_probs.detach().exp()
@@ -470,7 +474,7 @@ def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def leave_one_out_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """Each reward minus the mean of the others, (B,). The gradient has less noise, and no bias."""
+    """Each reward minus the mean of the others, (N,). The gradient has less noise, and no bias."""
     other_rewards = rewards.sum() - rewards
     return rewards - other_rewards / max(1, len(rewards) - 1)
 
@@ -515,7 +519,7 @@ def classify(
         raise Transformer2Error(f"categories {categories} must be different names, one or more")
     ask = partial(category_question, categories=categories)
     options = {"prefill": CATEGORY_PREFILL, "choices": categories}
-    # Its problems are the conversations.
+    # Its problems are the conversations. There is no reward.
     task = Task("classify", problems=None, conversation=ask, reward=None, **options)
     chosen = likeliest_choices(model, processor, task, conversations, expert)
     return [choice.text for choice in chosen]
@@ -579,7 +583,9 @@ def few_shot(
     """
     check_seed(seed)
     if not problems or not experts or population < 1 or iterations < 1:
-        raise Transformer2Error("few_shot needs a problem, an expert, a candidate and an iteration")
+        raise Transformer2Error(
+            "few_shot needs one problem, expert, candidate and iteration or more"
+        )
     expert_list = list(experts.values())
     K = len(expert_list)
     blocks = model.config.get_text_config().num_hidden_layers if per_layer else 1
@@ -604,7 +610,7 @@ def score_mixtures(model, processor, task, problems, experts: list[Expert], cand
     answers = rollout(model, processor, task, all_problems, all_experts, temperature=0.0, seed=0)
     accuracy = np.array([max(0.0, answer.reward) for answer in answers])
     # The right answer as the only choice: score_choices gives its log-likelihood.
-    solution_task = replace(task, choices=lambda p: [p.get("solution", p["answer"])])
+    solution_task = replace(task, choices=lambda p: [p.get("solution") or p["answer"]])
     log_probs = score_choices(model, processor, solution_task, all_problems, expert=all_experts)
     log_likelihood = np.array([log_prob.item() for log_prob in log_probs])
     shape = (len(candidates), len(problems))
@@ -649,10 +655,10 @@ def cross_entropy_method(
 def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]]) -> list:
     """log π(choice|x) of every choice, summed over its tokens: a tensor (C,) for each prompt.
 
-    inputs: left-padded prompts from encode. choices: token ids of each prompt's own choices; C may
-    differ. Differentiable. Where a prompt's cache can be copied, the prompt runs only once. Its
-    last logits score the first token of each choice. Then the choices run on copies of its cache,
-    and each of their tokens scores the next.
+    Each prompt runs once. Its last logits score the first token of each choice. Then its cache is
+    copied for each choice, and the choices run on the copies: each of their tokens scores the next.
+    Where a cache cannot be copied, whole sequences run instead. Differentiable. inputs: left-padded
+    prompts from encode. choices: token ids of each prompt's own choices; C may differ.
     """
     if not can_repeat_cache(model, inputs):
         return whole_choice_log_probs(model, inputs, choices)
@@ -668,7 +674,7 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
     if fed.shape[1] > 0:
         cache_name = "cache" if "cache" in output else "past_key_values"  # depends on the version
         cache = output[cache_name]
-        cache.batch_select_indices(prompt_of)  # in place: row i goes on with the prompt of choice i
+        cache.batch_select_indices(prompt_of)  # in place: row i is now of the prompt of choice i
         # The mask covers the cached prompt, too; run_model counts positions from it.
         fed_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
         fed_inputs = {"input_ids": fed, "attention_mask": fed_mask, cache_name: cache}
@@ -749,8 +755,8 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
         if not tokens:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
         choices.append(Answer(tokens, text))
-    # If one choice is the start of another ("math", "mathematics"), all get an end token, or the
-    # shorter would be the likelier. Plain-text prompts get none, as in benchmarks.
+    # If one choice begins another ("math", "mathematics"), its probability includes the other's. An
+    # end token after every choice separates them. Plain-text prompts get none, as in benchmarks.
     needs_end = any(a != b and b.startswith(a) for a in texts for b in texts)
     if needs_end and not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
         for choice in choices:
@@ -762,9 +768,9 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
 def continuation(tokenizer, last_word: str, text: str) -> list[int]:
     """Token ids of a text that follows a word.
 
-    A text often begins with other tokens alone than after a word. So both are tokenized together,
-    and the word's own tokens are dropped. If those are not at the start, as they have merged with
-    the text's, the text is tokenized alone. The result is cached: do not change it.
+    A tokenizer often splits a text differently on its own than after a word. So word and text are
+    tokenized together, and the word's tokens are cut off. If the last of them has merged with the
+    text, the text is tokenized alone. The result is cached: do not change it.
     """
     start = tokenizer(last_word, add_special_tokens=False)["input_ids"]
     joint = tokenizer(last_word + text, add_special_tokens=False)["input_ids"]
@@ -818,7 +824,7 @@ def generate_answers(
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
         with use_expert(model, select_experts(expert, rows)), our_settings:
-            with folded(model, expert, temperature, settings.max_new_tokens):
+            with folded(model, expert, temperature, inputs, settings.max_new_tokens):
                 sequences = causal_lm.generate(**inputs, logits_processor=sampler)  # (B, P + T)
         answers = []
         for tokens in sequences[:, prompt_length:].tolist():
@@ -836,7 +842,7 @@ def generate_answers(
 
 
 def generation_settings(model, processor) -> GenerationConfig:
-    """Settings to replace the model's own, which would fill in what is unset (top_k, ...)."""
+    """What replaces the model's own settings, which would fill in what is unset (top_k, ...)."""
     tokenizer = prepared_tokenizer(processor)
     ends = model.generation_config.eos_token_id
     if ends is None:
@@ -861,44 +867,47 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, device: torch.device, seed: int, rows: list[int], temperature: float):
         self.temperature = temperature
-        # On a GPU starting a draw takes longer than drawing. So rows 0 to 255 share a generator
-        # there, 256 to 511 the next, and so on. It always draws for all of them, so that a row's
-        # noise does not depend on which others are in the batch.
-        size = NOISE_BLOCKS.get(device.type, 1)
-        blocks = sorted({row // size for row in rows})
-        self.block_size, self.generators = size, []
-        for block in blocks:
-            block_seed = (seed * 1_000_003 + block) % 2**63  # torch takes seeds below 2**63
-            self.generators.append(torch.Generator(device).manual_seed(block_seed))
-        # Where each row is in the noise of all blocks, one under the other: (B,).
-        places = [blocks.index(row // size) * size + row % size for row in rows]
+        # On a GPU each call of a generator is slow, however little it draws. So rows 0 to 255 share
+        # one there, 256 to 511 the next, and so on. It always draws for all rows of its group, so
+        # that a row's noise does not depend on which others are in the batch.
+        size = NOISE_GROUPS.get(device.type, 1)
+        groups = sorted({row // size for row in rows})
+        self.group_size, self.generators = size, []
+        for group in groups:
+            group_seed = (seed * 1_000_003 + group) % 2**63
+            self.generators.append(torch.Generator(device).manual_seed(group_seed))
+        # The index of each row in the noise of these groups, concatenated: (B,).
+        places = [groups.index(row // size) * size + row % size for row in rows]
         self.places = torch.tensor(places, device=device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         noise = []
         for generator in self.generators:
-            block = torch.empty(self.block_size, scores.shape[1], device=scores.device)
-            noise.append(block.exponential_(generator=generator))
+            group = torch.empty(self.group_size, scores.shape[1], device=scores.device)
+            noise.append(group.exponential_(generator=generator))
         noise = torch.cat(noise)[self.places]  # (B, V)
         noise = noise.clamp(min=2**-24)  # some devices draw an exact 0
         return scores.float() / self.temperature - noise.log()
 
 
 def folded(
-    model, expert: Experts, temperature: float, new_tokens: int
+    model, expert: Experts, temperature: float, inputs: dict, new_tokens: int
 ) -> contextlib.AbstractContextManager:
     """In this `with` block the layers run with W', built for the expert in use, where that pays.
 
-    That is for one expert and 64 new tokens or more, as building W' takes the time that it saves in
-    60, if all W' fit into a quarter of a GPU's free memory. In bfloat16 W' is rounded, which moves
-    the log-probability of a sampled token by 0.04 (SmolLM2; in float32 by 4e-6). So there sampled
-    answers come from the factors, which are what trains.
+    It pays if all rows have the same expert, if there may be 64 new tokens or more (building W'
+    takes about the time that it saves in 60), and if W' fits beside the key-value cache. In
+    bfloat16 W' is rounded, which moves the log-probability of a sampled token by 0.04 (SmolLM2; in
+    float32 by 4e-6). So there sampled answers come from the factors, as their log-probabilities do.
     """
+    one_expert = not isinstance(expert, list)
+    exact = temperature == 0 or model.dtype == torch.float32
     layers = svf_layers(model).values()
     dense_numbers = sum(layer.out_features * layer.in_features for layer in layers)
-    fits = dense_numbers * model.dtype.itemsize < free_memory(model) / 4
-    exact = temperature == 0 or model.dtype == torch.float32
-    if isinstance(expert, list) or new_tokens < 64 or not fits or not exact:
+    rows, prompt_length = inputs["input_ids"].shape
+    cache = rows * (prompt_length + new_tokens) * cache_bytes(model)
+    fits = dense_numbers * model.dtype.itemsize + cache <= free_memory(model)
+    if not (one_expert and exact and fits and new_tokens >= 64):
         return changed([])
     return changed([(layer, "folded_weight", layer.weight) for layer in layers])
 
@@ -923,9 +932,9 @@ FALLBACK_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-# Tokens of a batch at most, padding included. On a GPU generation takes as many as fit its memory.
+# The most tokens in a batch, padding included. On a GPU its free memory decides for generation.
 BATCH_TOKENS = {"generation": 16384, "choices": 4096, "gradient": 2048}
-NOISE_BLOCKS = {"cuda": 256}  # rows that share a generator in RowSampler; elsewhere 1
+NOISE_GROUPS = {"cuda": 256}  # rows that share a generator in RowSampler; elsewhere 1
 
 
 def category_question(conversation: Conversation, categories: list[str]) -> list[dict]:
@@ -1020,7 +1029,7 @@ def content_parts(content: str | list[dict]) -> list[dict]:
 def run_in_batches(
     model, processor, conversations, prefill, lengths: list[list[int]], kind: str, compute: Callable
 ) -> list:
-    """compute(row numbers, encoded prompts), batch by batch: its results for each conversation.
+    """Calls compute(row numbers, encoded prompts) on batches; its results for each conversation.
 
     lengths: for each prompt, the tokens of what may follow it: of one answer, or of each choice.
     kind: a key of BATCH_TOKENS. Several processes share the rows. If a GPU has no memory for a
@@ -1036,10 +1045,10 @@ def run_in_batches(
     totals = [prompt_length + max(own) for prompt_length, own in zip(prompt_lengths, lengths)]
     longest_first = sorted(range(len(totals)), key=lambda row: totals[row], reverse=True)
     waiting = my_share(longest_first)  # row numbers
-    context = context_length(model)
-    if kind != "generation" and totals[longest_first[0]] > context:
-        reason = f"a prompt and an answer of together {totals[longest_first[0]]} tokens"
-        raise Transformer2Error(f"{reason} do not fit the model's context of {context}")
+    most, context = max(totals, default=0), context_length(model)
+    if kind != "generation" and most > context:
+        reason = f"a prompt and its answer have {most} tokens, and the model's context {context}"
+        raise Transformer2Error(f"{reason}: shorten one of them")
 
     def count_tokens(rows: list[int]) -> int:
         """Tokens of a batch, with padding and with a copy of the prompt for each choice."""
@@ -1051,8 +1060,8 @@ def run_in_batches(
     results = {}
     with tqdm(total=len(waiting), leave=False, delay=3, disable=None) as bar:
         while waiting:
-            # 3) As many as fit. A whole batch stops generating when one row is at the end of the
-            #    context, so a row that may get there goes alone.
+            # 3) As many as fit. A row that may reach the end of the context goes alone, because
+            #    there the whole batch stops generating.
             size = 1
             if totals[waiting[0]] <= context:
                 limit = most_tokens(model, kind)
@@ -1089,13 +1098,17 @@ def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception
     """
     if num_rows == 1:
         reason = f"the memory is too small for a single row of {tokens} tokens"
-        way_out = "go on with checkpointing, or begin again with shorter answers or a smaller model"
+        way_out = "begin again with shorter prompts or answers or a smaller model"
+        if kind == "gradient":
+            way_out = f"go on with checkpointing, or {way_out}"
         raise Transformer2Error(f"{reason}: {way_out}") from error
     fitting_tokens = vars(model).setdefault("fitting_tokens", {})
     if not fitting_tokens:  # said once
-        note = f"the memory is too small for {tokens} tokens in a batch, going on with half of them"
-        note += f"; a token budget of {tokens // 2} or less avoids this"
-        tqdm.write(f"note: {note}", file=sys.stderr)
+        note = (
+            f"a batch of {tokens} tokens does not fit the memory, so later ones have at most half"
+        )
+        way_out = f"a token budget of {tokens // 2} or less avoids this"
+        tqdm.write(f"note: {note}; {way_out}", file=sys.stderr)
     fitting_tokens[kind] = tokens // 2
 
 
@@ -1108,7 +1121,7 @@ def token_budget(model, tokens: int | None) -> contextlib.AbstractContextManager
 
 
 def free_memory(model) -> float:
-    """Bytes that the model's GPU can still give, less a tenth; infinite without a GPU."""
+    """Nine tenths of the bytes that are left on the model's GPU; infinite without a GPU."""
     device = model.device
     if device.type != "cuda":
         return math.inf
@@ -1117,7 +1130,7 @@ def free_memory(model) -> float:
 
 
 def cache_bytes(model) -> int:
-    """Bytes of a token in the key-value cache, without a sliding window."""
+    """Bytes that a token takes in the key-value cache, if no layer has a sliding window."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -1190,8 +1203,8 @@ def reference_policy(model) -> contextlib.AbstractContextManager:
 def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextManager:
     """In this `with` block, transformer blocks save only their input and run again in backward().
 
-    A block does so only if its own `training` is True, which also turns on the dropout that the
-    block itself applies: its rates become 0. The layers inside it stay in eval mode.
+    A block does so only if its own `training` is True. This would also turn on the dropout that the
+    block itself applies, so its rates are set to 0. The layers inside it stay in eval mode.
     """
     changes = []
     run_block = partial(run_checkpointed, use_reentrant=False)
@@ -1235,7 +1248,7 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
     except re.error as error:
-        reason = f"targets {targets!r} match no layer and are no regular expression"
+        reason = f"targets {targets!r} match no layer and are not a regular expression"
         raise Transformer2Error(f"{reason}: {way_out}") from error
     layers = {}
     for name, module in model.named_modules():
@@ -1244,17 +1257,20 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
         if is_linear and not is_head and pattern.search(name):
             if module.weight.element_size() > 1:  # 1 byte: a quantised layer
                 layers[name] = module
-    # Some mixtures of experts keep all their matrices in one 3-D parameter, which is no layer.
+    # Some mixtures of experts keep all their matrices in one 3-D parameter, which is not a layer.
     # Convolutions are 3-D, too.
     in_3d = [name for name, weight in model.named_parameters() if weight.dim() == 3]
     fused = [name for name in in_3d if "conv" not in name and pattern.search(name)]
-    note = f"{len(fused)} fused weights of mixtures of experts cannot be adapted, like {fused[:1]}"
+    note = ""
+    if fused:
+        note = (
+            f"{len(fused)} fused weights of mixtures of experts cannot be adapted, like {fused[0]}"
+        )
     if not layers:
         reason = f"targets {targets!r} match no linear layer, or only quantised ones"
-        reason += f"; {note}" if fused else ""
-        raise Transformer2Error(f"{reason}: {way_out}")
+        raise Transformer2Error(f"{reason}: {way_out}. {note}".rstrip(". "))
     if fused:
-        print(f"note: {note}; adapted: {len(layers)}, like {[*layers][:1]}", file=sys.stderr)
+        print(f"note: {note}; adapted: {len(layers)}, like {[*layers][0]}", file=sys.stderr)
     return layers
 
 
@@ -1336,7 +1352,7 @@ class Progress:
         layers = [f"{name} {[*z.shape]}" for name, z in self.start.items()]
         self.settings = {**asdict(hp), "task": task.name, "token limit": task.max_new_tokens}
         self.settings |= {"model": model.config._name_or_path, "layers": layers}
-        # These two may change when a run goes on: they change the result by rounding at most.
+        # These two may change when a run goes on: they change no more than rounding.
         del self.settings["token_budget"], self.settings["checkpointing"]
 
     def values(self) -> Expert:
@@ -1470,7 +1486,7 @@ def expert_facts(path: str | Path) -> dict:
     if "transformer2" in metadata:
         return json.loads(metadata["transformer2"])["about"]
     if "sha256" in str(metadata):
-        raise ValueError("its header is damaged")  # our JSON, under a broken key
+        raise ValueError("its header is damaged")  # a byte of the key "transformer2" has changed
     return metadata  # a file written before formats were numbered
 
 
@@ -1562,9 +1578,9 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     Several processes may write to the same path: the last one wins. What a killed process left over
     is removed. Raises Transformer2Error if the path cannot be written.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     prefix = f".{path.name}.{platform.node()}."
-    folder = path.with_name(f"{prefix}{os.getpid()}")
+    folder = path.parent / f"{prefix}{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
