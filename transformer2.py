@@ -295,8 +295,10 @@ def reinforce(
         cut = f"cut to the {len(train_problems)} problems that task {task.name} has"
         print(f"note: the batch of {hp.batch_size} is {cut}", file=sys.stderr)
     held_out_problems = task.problems("validation")[: hp.validation_problems]
+    # These two raise an error here, before any work, if the model does not allow them.
+    checkpointing(model, hp.checkpointing)
     if hp.kl_coef > 0:
-        reference_policy(model)  # raises an error if there is none
+        reference_policy(model)
     progress = Progress(model, task, hp)
     with token_budget(model, hp.token_budget), contextlib.closing(progress):
         if checkpoint is not None and Path(checkpoint).exists():
@@ -351,18 +353,6 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
     return stats, shown
 
 
-def descend(progress, stats: StepStats, hp: Hyperparameters) -> None:
-    """A step of AdamW, unless the gradient is not finite. Sets grad_norm, lr and skipped."""
-    parameters = progress.parameters.values()
-    stats.grad_norm = nn.utils.clip_grad_norm_(parameters, hp.max_grad_norm).item()
-    stats.lr = hp.lr * (1 + math.cos(math.pi * (stats.step - 1) / hp.steps)) / 2
-    stats.skipped = not math.isfinite(stats.grad_norm)
-    if not stats.skipped:
-        progress.optimizer.param_groups[0]["lr"] = stats.lr
-        progress.optimizer.step()
-    progress.optimizer.zero_grad()
-
-
 def rollout(model, processor, task, problems, expert, temperature, seed) -> list[Answer]:
     """An answer to each problem with its reward. For a task with choices, the likeliest of them."""
     if task.choices is None:
@@ -387,7 +377,9 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     given and weighted with their probability, so that the expectation is exact. Returns the answers
     with their advantages, weights and log-probabilities.
     """
+    # 1) How much better each answer is than the others.
     set_advantages(answers, hp.baseline and task.choices is None)
+    # 2) The gradient of -J, added up batch by batch.
     prompts = [task.conversation(problem) for problem in problems]
     lengths = [[len(answer.tokens) for answer in group] for group in answers]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -401,15 +393,16 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         for total, gradient in zip(sums, gradients):
             total += gradient
-        return batch
+        return batch  # batch_loss has set its figures
 
-    # With several processes each has handled only its share; all answers come back.
-    all_answers = run_in_batches(
+    # With several processes each handles only its share, but gets all answers.
+    answers_with_figures = run_in_batches(
         model, processor, prompts, task.prefill, lengths, "gradient", add_batch_gradient
     )
+    # 3) The sums of all processes are the gradient.
     for parameter, total in zip(parameters, sums):
         parameter.grad = sum_over_processes(total)
-    return all_answers
+    return answers_with_figures
 
 
 def batch_loss(
@@ -432,14 +425,17 @@ def batch_loss(
     weights = torch.ones_like(log_probs) / num_problems
     if task.choices is not None:
         weights = weights * log_probs.detach().exp()
-    figures = torch.stack([weights, log_probs, ref_log_probs], dim=1).tolist()
-    for answer, own_figures in zip(answers, figures):
-        answer.weight, answer.log_prob, answer.ref_log_prob = own_figures
     # 3) The loss
     advantages = log_probs.new_tensor([answer.advantage for answer in answers])
     loss = reinforce_loss(log_probs, ref_log_probs, advantages, hp.kl_coef, weights)
     if not loss.isfinite():
         loss = loss * math.nan  # makes the gradient nan, so that descend skips the step
+    # 4) For the figures of the step
+    figures = zip(weights.tolist(), log_probs.tolist(), ref_log_probs.tolist())
+    for answer, (weight, log_prob, ref_log_prob) in zip(answers, figures):
+        answer.weight = weight
+        answer.log_prob = log_prob
+        answer.ref_log_prob = ref_log_prob
     return loss
 
 
@@ -568,7 +564,7 @@ def few_shot(
     processor: Processor,
     task: Task,
     problems: list[dict],
-    experts: dict[str, Expert],
+    experts: dict[str, Expert | None],
     *,
     population: int = 32,
     iterations: int = 20,
@@ -586,7 +582,7 @@ def few_shot(
         raise Transformer2Error(
             "few_shot needs one problem, expert, candidate and iteration or more"
         )
-    expert_list = list(experts.values())
+    expert_list = [expert or {} for expert in experts.values()]  # None: the base model
     K = len(expert_list)
     blocks = model.config.get_text_config().num_hidden_layers if per_layer else 1
     # The search starts with the base model (all α are 0) and each expert alone.
@@ -655,10 +651,8 @@ def cross_entropy_method(
 def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]]) -> list:
     """log π(choice|x) of every choice, summed over its tokens: a tensor (C,) for each prompt.
 
-    Each prompt runs once. Its last logits score the first token of each choice. Then its cache is
-    copied for each choice, and the choices run on the copies: each of their tokens scores the next.
-    Where a cache cannot be copied, whole sequences run instead. Differentiable. inputs: left-padded
-    prompts from encode. choices: token ids of each prompt's own choices; C may differ.
+    inputs: left-padded prompts from encode. choices: token ids of each prompt's own choices; C may
+    differ. Where the model's cache can be copied, each prompt runs only once. Differentiable.
     """
     if not can_repeat_cache(model, inputs):
         return whole_choice_log_probs(model, inputs, choices)
@@ -666,29 +660,37 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
     # The prompt of each choice, (N,): [0, 0, 0, 1, 1] for two prompts with 3 and 2 choices.
     prompt_of = torch.tensor([i for i, own in enumerate(choices) for _ in own]).to(model.device)
     tokens, mask = pad_right([choice for own in choices for choice in own], model.device)  # (N, T)
-    # 1) The prompts, and the first token of each choice.
+    # 1) The prompts run. Their last position predicts the first token of their choices.
     output = run_model(model, inputs, logits_to_keep=1, use_cache=True)
     log_probs = token_log_probs(output.logits[prompt_of, -1], tokens[:, 0])  # (N,)
-    # 2) The other tokens. The last column is not fed, as nothing comes after it.
-    fed = tokens[:, :-1]  # (N, T - 1)
-    if fed.shape[1] > 0:
-        cache_name = "cache" if "cache" in output else "past_key_values"  # depends on the version
-        cache = output[cache_name]
-        cache.batch_select_indices(prompt_of)  # in place: row i is now of the prompt of choice i
-        # The mask covers the cached prompt, too; run_model counts positions from it.
-        fed_mask = torch.cat([inputs["attention_mask"][prompt_of], mask[:, :-1]], dim=1)
-        fed_inputs = {"input_ids": fed, "attention_mask": fed_mask, cache_name: cache}
-        with use_expert_rows(model, prompt_of):
-            logits = run_model(model, fed_inputs, use_cache=True).logits  # (N, T - 1, V)
+    # 2) The choices run on copies of the prompts' cache. Each token predicts the next one, so the
+    #    last column need not run.
+    if tokens.shape[1] > 1:
+        prompt_mask = inputs["attention_mask"][prompt_of]
+        logits = run_on_copies(model, output, prompt_of, prompt_mask, tokens[:, :-1], mask[:, :-1])
         log_probs = log_probs + (token_log_probs(logits, tokens[:, 1:]) * mask[:, 1:]).sum(1)
     return list(log_probs.split(counts))
+
+
+def run_on_copies(model, output, prompt_of, prompt_mask, tokens, mask) -> torch.Tensor:
+    """The logits (N, T, V) of tokens (N, T) that follow prompts.
+
+    output: what run_model gave for the prompts, with their cache. prompt_of: each row's prompt.
+    """
+    cache_name = "cache" if "cache" in output else "past_key_values"  # depends on the version
+    cache = output[cache_name]
+    cache.batch_select_indices(prompt_of)  # in place: row i becomes that of prompt prompt_of[i]
+    inputs = {"input_ids": tokens, cache_name: cache}
+    inputs["attention_mask"] = torch.cat([prompt_mask, mask], dim=1)  # of the cached tokens, too
+    with use_expert_rows(model, prompt_of):
+        return run_model(model, inputs, use_cache=True).logits
 
 
 def whole_choice_log_probs(model, inputs: dict, choices: list) -> list[torch.Tensor]:
     """Like choice_log_probs, in whole sequences: run c takes every prompt with its choice c."""
     columns = []
     for c in range(max(len(own_choices) for own_choices in choices)):
-        # A prompt with fewer choices repeats its last one, which is dropped below.
+        # A prompt that has fewer repeats its last one. The copy is dropped below.
         completions = [own_choices[min(c, len(own_choices) - 1)] for own_choices in choices]
         columns.append(completion_log_probs(model, inputs, completions))
     log_probs = torch.stack(columns, dim=1)  # (B, most choices)
@@ -745,6 +747,13 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
         question = problem.get("question")
         raise Transformer2Error(f"task {task.name} has no choices for the problem {question!r}")
     tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
+    # If one choice begins another ("math", "mathematics"), its probability includes the other's. An
+    # end token after every choice separates them. Plain-text prompts get none, as in benchmarks.
+    end = []
+    if not isinstance(prompt, str) and any(
+        a != b and b.startswith(a) for a in texts for b in texts
+    ):
+        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     # What a choice follows: plain prompt and prefill, or in a chat the prefill only.
     before = (prompt if isinstance(prompt, str) else "") + task.prefill
     last_word = before.split(" ")[-1]
@@ -754,13 +763,7 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
         tokens = continuation(tokenizer, last_word, space + text)
         if not tokens:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
-        choices.append(Answer(tokens, text))
-    # If one choice begins another ("math", "mathematics"), its probability includes the other's. An
-    # end token after every choice separates them. Plain-text prompts get none, as in benchmarks.
-    needs_end = any(a != b and b.startswith(a) for a in texts for b in texts)
-    if needs_end and not isinstance(prompt, str) and tokenizer.eos_token_id is not None:
-        for choice in choices:
-            choice.tokens = [*choice.tokens, tokenizer.eos_token_id]
+        choices.append(Answer(tokens + end, text))
     return choices
 
 
@@ -770,7 +773,7 @@ def continuation(tokenizer, last_word: str, text: str) -> list[int]:
 
     A tokenizer often splits a text differently on its own than after a word. So word and text are
     tokenized together, and the word's tokens are cut off. If the last of them has merged with the
-    text, the text is tokenized alone. The result is cached: do not change it.
+    text, the text is tokenized alone.
     """
     start = tokenizer(last_word, add_special_tokens=False)["input_ids"]
     joint = tokenizer(last_word + text, add_special_tokens=False)["input_ids"]
@@ -820,7 +823,7 @@ def generate_answers(
         prompt_length = inputs["input_ids"].shape[1]
         sampler = [RowSampler(model.device, seed, rows, temperature)] if temperature > 0 else []
         # What the context has left. If it is less than max_new_tokens, the row is alone here.
-        room = context_length(model) - int(inputs["attention_mask"].sum(1).max())
+        room = context_length(model) - prompt_length
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
         with use_expert(model, select_experts(expert, rows)), our_settings:
@@ -866,27 +869,23 @@ class RowSampler(LogitsProcessor):
     """
 
     def __init__(self, device: torch.device, seed: int, rows: list[int], temperature: float):
-        self.temperature = temperature
+        self.rows, self.temperature = rows, temperature
         # On a GPU each call of a generator is slow, however little it draws. So rows 0 to 255 share
         # one there, 256 to 511 the next, and so on. It always draws for all rows of its group, so
         # that a row's noise does not depend on which others are in the batch.
-        size = NOISE_GROUPS.get(device.type, 1)
-        groups = sorted({row // size for row in rows})
-        self.group_size, self.generators = size, []
-        for group in groups:
+        self.group_size = NOISE_GROUPS.get(device.type, 1)
+        self.generators = {}
+        for group in {row // self.group_size for row in rows}:
             group_seed = (seed * 1_000_003 + group) % 2**63
-            self.generators.append(torch.Generator(device).manual_seed(group_seed))
-        # The index of each row in the noise of these groups, concatenated: (B,).
-        places = [groups.index(row // size) * size + row % size for row in rows]
-        self.places = torch.tensor(places, device=device)
+            self.generators[group] = torch.Generator(device).manual_seed(group_seed)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise = []
-        for generator in self.generators:
-            group = torch.empty(self.group_size, scores.shape[1], device=scores.device)
-            noise.append(group.exponential_(generator=generator))
-        noise = torch.cat(noise)[self.places]  # (B, V)
-        noise = noise.clamp(min=2**-24)  # some devices draw an exact 0
+        groups = {}  # number of a group -> the noise of all its rows
+        for group, generator in self.generators.items():
+            noise = torch.empty(self.group_size, scores.shape[1], device=scores.device)
+            groups[group] = noise.exponential_(generator=generator)
+        noise = [groups[row // self.group_size][row % self.group_size] for row in self.rows]
+        noise = torch.stack(noise).clamp(min=2**-24)  # (B, V); some devices draw an exact 0
         return scores.float() / self.temperature - noise.log()
 
 
@@ -1068,9 +1067,9 @@ def run_in_batches(
                 while size < len(waiting) and count_tokens(waiting[: size + 1]) <= limit:
                     size += 1
             rows = waiting[:size]
-            inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
             # 4) Run them. If the memory is too small for that, try again with fewer.
             try:
+                inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
                 results.update(zip(rows, compute(rows, inputs)))
             except torch.OutOfMemoryError as error:
                 halve_batches(model, kind, size, count_tokens(rows), error)
@@ -1267,7 +1266,7 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
             f"{len(fused)} fused weights of mixtures of experts cannot be adapted, like {fused[0]}"
         )
     if not layers:
-        reason = f"targets {targets!r} match no linear layer, or only quantised ones"
+        reason = f"targets {targets!r} match no linear layer, or only quantised or adapted ones"
         raise Transformer2Error(f"{reason}: {way_out}. {note}".rstrip(". "))
     if fused:
         print(f"note: {note}; adapted: {len(layers)}, like {[*layers][0]}", file=sys.stderr)
@@ -1394,6 +1393,18 @@ class Progress:
             raise Transformer2Error(f"{reason}: go on with the same, or delete it")
 
 
+def descend(progress, stats: StepStats, hp: Hyperparameters) -> None:
+    """A step of AdamW, unless the gradient is not finite. Sets grad_norm, lr and skipped."""
+    parameters = progress.parameters.values()
+    stats.grad_norm = nn.utils.clip_grad_norm_(parameters, hp.max_grad_norm).item()
+    stats.lr = hp.lr * (1 + math.cos(math.pi * (stats.step - 1) / hp.steps)) / 2
+    stats.skipped = not math.isfinite(stats.grad_norm)
+    if not stats.skipped:
+        progress.optimizer.param_groups[0]["lr"] = stats.lr
+        progress.optimizer.step()
+    progress.optimizer.zero_grad()
+
+
 def draw_problems(problems: list[dict], count: int, seed: int) -> list[dict]:
     """Some of the problems, each at most once, in random order."""
     order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed))
@@ -1506,7 +1517,7 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
                 check_shapes(shapes, svf_layers(model))
                 # The names fit a model with more blocks, too, so our scripts save "blocks".
                 blocks = model.config.get_text_config().num_hidden_layers
-                if facts.get("blocks", blocks) != blocks:
+                if int(facts.get("blocks", blocks)) != blocks:
                     raise ValueError(f"it is for {facts['blocks']} blocks, the model has {blocks}")
             expert = {name: file.get_tensor(name) for name in file.keys()}
             header = (file.metadata() or {}).get("transformer2")
