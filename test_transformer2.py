@@ -1123,7 +1123,7 @@ def test_training_inside_of_use_expert_is_refused():
 @pytest.mark.parametrize("choices", [None, ["B", "A B" * 100]])
 def test_an_answer_that_does_not_fit_the_context_after_its_prompt_is_refused(choices):
     model, task = make_svf(), toy(checksum, choices=choices)
-    sentence = f"a prompt and its answer have [0-9]+ tokens, and the model's context {CONTEXT}"
+    sentence = f"a prompt and its answer have [0-9]+ tokens, but the model's context is {CONTEXT}"
     with pytest.raises(t2.Transformer2Error, match=sentence):
         if choices:
             t2.evaluate(model, TOKENIZER, task, some_problems())
@@ -1943,7 +1943,7 @@ def test_only_the_first_halving_is_noted(capsys):
         for task in (digit_task(), choice_task()):
             t2.evaluate(model, TOKENIZER, task, task.problems("test")[:8])
     [note] = capsys.readouterr().err.splitlines()
-    assert note.startswith("note: a batch of 96 tokens does not fit the memory")
+    assert note.startswith("note: a batch of 96 tokens does not fit in memory")
 
 
 def test_the_note_names_a_token_budget_that_avoids_the_halving(capsys):
@@ -1987,7 +1987,7 @@ def test_a_row_that_does_not_fit_is_one_sentence_and_the_model_stays_as_it_was(w
         layer.z.grad = torch.full_like(layer.z, 7.0)
     states = {name: dict(vars(module)) for name, module in model.named_modules()}
     sentence = (
-        f"^the memory is too small for a single row of {tokens} tokens: .*begin again with .*$"
+        f"^there is not enough memory for a single row of {tokens} tokens: .*shorter prompts .*$"
     )
     with pytest.raises(t2.Transformer2Error, match=sentence), device_for(0, model):
         work(model)

@@ -134,7 +134,7 @@ def apply_svf(model: Model, targets: str = "mlp", cache_dir: str | Path | None =
     """
     layers = matching_layers(model, targets).items()
     model.requires_grad_(False)
-    for layer in svf_layers(model).values():  # of a former call
+    for layer in svf_layers(model).values():  # adapted by an earlier call
         layer.z.requires_grad_(True)
     for name, layer in tqdm(layers, desc="decomposing", leave=False, delay=2, disable=None):
         model.set_submodule(name, SVFLinear(layer, cache_dir))
@@ -166,7 +166,7 @@ def get_expert(model: Model) -> Expert:
 
 
 def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManager:
-    """`with use_expert(model, expert):` runs the model with these z's, then puts the previous back.
+    """`with use_expert(model, expert):` runs the model with these z's, then with its former ones.
 
     expert: None for the base model (z = 1), an Expert, or a list of these, one for each row of the
     batch. Raises Transformer2Error for an expert that does not fit the model.
@@ -245,7 +245,7 @@ class Answer:
     advantage: float = 0.0  # the reward, minus the baseline if there is one
     weight: float = 0.0  # 1 / problems in the update; for a choice, times its probability
     log_prob: float = 0.0  # log π_W'(ŷ|x)
-    ref_log_prob: float = 0.0  # log π_W(ŷ|x); at λ = 0 not computed, and the same
+    ref_log_prob: float = 0.0  # log π_W(ŷ|x); at λ = 0 it is not computed, and equals log_prob
 
 
 @dataclass
@@ -254,7 +254,7 @@ class StepStats:
 
     step: int = 0
     reward: float | None = None  # the mean over the problems; with choices, of the expected reward
-    reward_deviation: float | None = None  # standard deviation; 0: rewards teach nothing
+    reward_deviation: float | None = None  # standard deviation; 0: all are equal and teach nothing
     kl: float | None = None  # KL(π_W' ‖ π_W), estimated unless there are choices
     kl_coef: float | None = None  # λ
     grad_norm: float | None = None  # before clipping
@@ -295,7 +295,8 @@ def reinforce(
         cut = f"cut to the {len(train_problems)} problems that task {task.name} has"
         print(f"note: the batch of {hp.batch_size} is {cut}", file=sys.stderr)
     held_out_problems = task.problems("validation")[: hp.validation_problems]
-    # These two raise an error here, before any work, if the model does not allow them.
+    # Before any work: these two raise an error if the model does not allow them. What they return
+    # is not entered here.
     checkpointing(model, hp.checkpointing)
     if hp.kl_coef > 0:
         reference_policy(model)
@@ -375,7 +376,8 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
 
     One sampled answer estimates the expectation in ∇J. Where a task has choices, all of them are
     given and weighted with their probability, so that the expectation is exact. Returns the answers
-    with their advantages, weights and log-probabilities.
+    with their advantages, weights and log-probabilities filled in. (Several processes compute a
+    share each, and get copies of the others' answers.)
     """
     # 1) How much better each answer is than the others.
     set_advantages(answers, hp.baseline and task.choices is None)
@@ -389,13 +391,13 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
         batch = [answers[row] for row in rows]
         with checkpointing(model, hp.checkpointing):
             loss = batch_loss(model, task, inputs, batch, len(problems), hp)
-            # backward() would leave a part of the gradient if memory ran out halfway.
+            # backward() would add to z.grad as it goes, and leave a part of this batch's gradient
+            # there if memory ran out halfway. This returns all of it or nothing.
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         for total, gradient in zip(sums, gradients):
             total += gradient
         return batch  # batch_loss has set its figures
 
-    # With several processes each handles only its share, but gets all answers.
     answers_with_figures = run_in_batches(
         model, processor, prompts, task.prefill, lengths, "gradient", add_batch_gradient
     )
@@ -476,7 +478,7 @@ def leave_one_out_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def reinforce_loss(log_probs, ref_log_probs, advantages, kl_coef: float, weights) -> torch.Tensor:
-    """A scalar with gradient -∇J (eq. 1), each answer with its weight. The tensors are (N,)."""
+    """A scalar whose gradient is -∇J (eq. 1): a sum over answers with weights. Tensors: (N,)."""
     penalty = kl_coef * (log_probs - ref_log_probs).detach()
     return -(weights * log_probs * (advantages - penalty)).sum()
 
@@ -548,7 +550,7 @@ def mix(experts: list[Expert], alphas: torch.Tensor | np.ndarray) -> Expert:
     Otherwise the rest of the weight goes to the base model, z = 1. alphas: (K, 1), or (K, blocks)
     with a weight for each expert in each block of the network.
     """
-    alphas = torch.as_tensor(alphas, dtype=torch.float32).reshape(len(experts), -1)
+    alphas = torch.as_tensor(alphas, dtype=torch.float32, device="cpu").reshape(len(experts), -1)
     mixture = {}
     for expert, expert_alphas in zip(experts, alphas):
         for name, z in expert.items():
@@ -579,9 +581,8 @@ def few_shot(
     """
     check_seed(seed)
     if not problems or not experts or population < 1 or iterations < 1:
-        raise Transformer2Error(
-            "few_shot needs one problem, expert, candidate and iteration or more"
-        )
+        reason = "few_shot needs a problem and an expert, and population and iterations above 0"
+        raise Transformer2Error(reason)
     expert_list = [expert or {} for expert in experts.values()]  # None: the base model
     K = len(expert_list)
     blocks = model.config.get_text_config().num_hidden_layers if per_layer else 1
@@ -687,7 +688,7 @@ def run_on_copies(model, output, prompt_of, prompt_mask, tokens, mask) -> torch.
 
 
 def whole_choice_log_probs(model, inputs: dict, choices: list) -> list[torch.Tensor]:
-    """Like choice_log_probs, in whole sequences: run c takes every prompt with its choice c."""
+    """The same without a cache: run c takes every prompt with its choice c after it."""
     columns = []
     for c in range(max(len(own_choices) for own_choices in choices)):
         # A prompt that has fewer repeats its last one. The copy is dropped below.
@@ -699,7 +700,7 @@ def whole_choice_log_probs(model, inputs: dict, choices: list) -> list[torch.Ten
 
 def can_repeat_cache(model, inputs: dict) -> bool:
     """True if choice_log_probs can run the choices on copies of the prompts' cache."""
-    # State-space layers (Mamba) and convolutions keep a state that transformers cannot repeat.
+    # State-space layers (Mamba) and convolutions keep a state that transformers cannot copy by row.
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
     repeatable = {"full_attention", "sliding_attention", "chunked_attention"}
     only_attention = set(layer_types) <= repeatable
@@ -739,7 +740,7 @@ def likeliest_choices(model, processor, task, problems, expert: Experts) -> list
 def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
     """The possible answers to a problem, not yet rewarded.
 
-    After a prefill a space is put before them, unless they begin with one. Raises Transformer2Error
+    A space is put between a prefill and a choice that would touch. Raises Transformer2Error
     if there are none, or one without tokens.
     """
     texts = task.choices(problem) if callable(task.choices) else task.choices
@@ -747,20 +748,21 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
         question = problem.get("question")
         raise Transformer2Error(f"task {task.name} has no choices for the problem {question!r}")
     tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
-    # If one choice begins another ("math", "mathematics"), its probability includes the other's. An
-    # end token after every choice separates them. Plain-text prompts get none, as in benchmarks.
+    # If "math" and "mathematics" are both choices, the probability of "math" counts answers that go
+    # on to "mathematics", too. An end token after every choice tells them apart. Plain-text prompts
+    # get none, as in benchmarks.
+    is_chat = not isinstance(prompt, str)
+    one_starts_another = any(a != b and b.startswith(a) for a in texts for b in texts)
     end = []
-    if not isinstance(prompt, str) and any(
-        a != b and b.startswith(a) for a in texts for b in texts
-    ):
-        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    # What a choice follows: plain prompt and prefill, or in a chat the prefill only.
-    before = (prompt if isinstance(prompt, str) else "") + task.prefill
+    if is_chat and one_starts_another and tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id]
+    # What a choice follows. In a chat that is known for the prefill only.
+    before = task.prefill if is_chat else prompt + task.prefill
     last_word = before.split(" ")[-1]
     choices = []
     for text in texts:
-        space = " " if task.prefill and not text[:1].isspace() else ""
-        tokens = continuation(tokenizer, last_word, space + text)
+        touch = task.prefill and not task.prefill[-1].isspace() and not text[:1].isspace()
+        tokens = continuation(tokenizer, last_word, " " + text if touch else text)
         if not tokens:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
         choices.append(Answer(tokens + end, text))
@@ -798,13 +800,15 @@ def generate(
 ) -> list[str]:
     """The model's answers to conversations.
 
-    expert: None for the base model, an Expert, or a list with one entry for each conversation.
-    temperature: 0 is greedy. prefill: the start of every answer, not returned. seed: for sampled
-    answers; None draws one from torch's generator. Raises Transformer2Error for a prompt that
-    leaves no room in the model's context or cannot be encoded.
+    expert: None for the base model, even inside of use_expert; an Expert; or a list with one entry
+    for each conversation. temperature: 0 is greedy. prefill: the start of every answer, not
+    returned. seed: for sampled answers; None draws one from torch's generator. Raises
+    Transformer2Error for a prompt that leaves no room in the model's context or cannot be encoded.
     """
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     check_seed(seed)
+    if max_new_tokens < 1 or temperature < 0:
+        raise Transformer2Error("max_new_tokens must be at least 1, and temperature at least 0")
     sampling = (max_new_tokens, temperature, prefill, seed)
     answers = generate_answers(model, processor, conversations, expert, *sampling)
     return [answer.text for answer in answers]
@@ -821,14 +825,17 @@ def generate_answers(
 
     def generate_batch(rows: list[int], inputs: dict) -> list[Answer]:
         prompt_length = inputs["input_ids"].shape[1]
-        sampler = [RowSampler(model.device, seed, rows, temperature)] if temperature > 0 else []
-        # What the context has left. If it is less than max_new_tokens, the row is alone here.
+        processors = []
+        if temperature > 0:
+            processors.append(RowSampler(model.device, seed, rows, temperature))
+        # What the context has left. run_in_batches puts a row that may run out of it alone, so that
+        # the lower limit here cuts no other row.
         room = context_length(model) - prompt_length
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
         with use_expert(model, select_experts(expert, rows)), our_settings:
             with folded(model, expert, temperature, inputs, settings.max_new_tokens):
-                sequences = causal_lm.generate(**inputs, logits_processor=sampler)  # (B, P + T)
+                sequences = causal_lm.generate(**inputs, logits_processor=processors)  # (B, P + T)
         answers = []
         for tokens in sequences[:, prompt_length:].tolist():
             stops = [t + 1 for t, token in enumerate(tokens) if token in ends]
@@ -845,7 +852,10 @@ def generate_answers(
 
 
 def generation_settings(model, processor) -> GenerationConfig:
-    """What replaces the model's own settings, which would fill in what is unset (top_k, ...)."""
+    """What generation runs with, in place of the model's own settings.
+
+    transformers would take from those whatever is unset here, such as top_k.
+    """
     tokenizer = prepared_tokenizer(processor)
     ends = model.generation_config.eos_token_id
     if ends is None:
@@ -870,9 +880,9 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, device: torch.device, seed: int, rows: list[int], temperature: float):
         self.rows, self.temperature = rows, temperature
-        # On a GPU each call of a generator is slow, however little it draws. So rows 0 to 255 share
-        # one there, 256 to 511 the next, and so on. It always draws for all rows of its group, so
-        # that a row's noise does not depend on which others are in the batch.
+        # On a GPU each call of a generator is slow, however little it draws. So 256 rows share one
+        # there (0 to 255, 256 to 511, ...). It draws noise for all 256 each time, even if only some
+        # are in this batch: so a row gets the same noise in any batch.
         self.group_size = NOISE_GROUPS.get(device.type, 1)
         self.generators = {}
         for group in {row // self.group_size for row in rows}:
@@ -892,21 +902,21 @@ class RowSampler(LogitsProcessor):
 def folded(
     model, expert: Experts, temperature: float, inputs: dict, new_tokens: int
 ) -> contextlib.AbstractContextManager:
-    """In this `with` block the layers run with W', built for the expert in use, where that pays.
+    """In this `with` block the layers run with W', built for the expert in use, if it is worth it.
 
-    It pays if all rows have the same expert, if there may be 64 new tokens or more (building W'
-    takes about the time that it saves in 60), and if W' fits beside the key-value cache. In
-    bfloat16 W' is rounded, which moves the log-probability of a sampled token by 0.04 (SmolLM2; in
-    float32 by 4e-6). So there sampled answers come from the factors, as their log-probabilities do.
+    It is if one expert is given for all rows, if there may be 64 new tokens or more (to build W'
+    takes about what it saves in 60), if W' fits beside the key-value cache, and if rounding W' does
+    no harm. It does to answers that are sampled in bfloat16: training computes log-probabilities
+    from U, s and Vᵀ, and a rounded W' moves them by 0.04 a token (SmolLM2; in float32 by 4e-6).
     """
     one_expert = not isinstance(expert, list)
-    exact = temperature == 0 or model.dtype == torch.float32
+    rounding_is_harmless = temperature == 0 or model.dtype == torch.float32
     layers = svf_layers(model).values()
     dense_numbers = sum(layer.out_features * layer.in_features for layer in layers)
     rows, prompt_length = inputs["input_ids"].shape
     cache = rows * (prompt_length + new_tokens) * cache_bytes(model)
     fits = dense_numbers * model.dtype.itemsize + cache <= free_memory(model)
-    if not (one_expert and exact and fits and new_tokens >= 64):
+    if not (one_expert and rounding_is_harmless and fits and new_tokens >= 64):
         return changed([])
     return changed([(layer, "folded_weight", layer.weight) for layer in layers])
 
@@ -1028,12 +1038,12 @@ def content_parts(content: str | list[dict]) -> list[dict]:
 def run_in_batches(
     model, processor, conversations, prefill, lengths: list[list[int]], kind: str, compute: Callable
 ) -> list:
-    """Calls compute(row numbers, encoded prompts) on batches; its results for each conversation.
+    """One result for each conversation. compute(row numbers, encoded prompts) gives a batch's.
 
-    lengths: for each prompt, the tokens of what may follow it: of one answer, or of each choice.
-    kind: a key of BATCH_TOKENS. Several processes share the rows. If a GPU has no memory for a
-    batch, this one and all later ones of its kind are at most half as large. Raises
-    Transformer2Error for a row that does not fit the memory alone, or does not fit the context.
+    lengths[i]: how many tokens may follow prompt i: one number for an answer, or one for each of
+    its choices. kind: a key of BATCH_TOKENS. Several processes share the rows. If a GPU runs out of
+    memory, this batch and all later ones of its kind are at most half as large. Raises
+    Transformer2Error for a row that does not fit in memory alone, or in the context.
     """
     # 1) The lengths of the prompts. 256 at a time, as pictures are large.
     prompt_lengths = []
@@ -1046,7 +1056,7 @@ def run_in_batches(
     waiting = my_share(longest_first)  # row numbers
     most, context = max(totals, default=0), context_length(model)
     if kind != "generation" and most > context:
-        reason = f"a prompt and its answer have {most} tokens, and the model's context {context}"
+        reason = f"a prompt and its answer have {most} tokens, but the model's context is {context}"
         raise Transformer2Error(f"{reason}: shorten one of them")
 
     def count_tokens(rows: list[int]) -> int:
@@ -1059,8 +1069,8 @@ def run_in_batches(
     results = {}
     with tqdm(total=len(waiting), leave=False, delay=3, disable=None) as bar:
         while waiting:
-            # 3) As many as fit. A row that may reach the end of the context goes alone, because
-            #    there the whole batch stops generating.
+            # 3) As many as fit. A row whose answer may reach the end of the context goes alone:
+            #    generation has a lower limit there, which would cut the others short.
             size = 1
             if totals[waiting[0]] <= context:
                 limit = most_tokens(model, kind)
@@ -1091,28 +1101,26 @@ def most_tokens(model, kind: str) -> float:
 
 
 def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception) -> None:
-    """After a batch found no memory: limits later ones of its kind to half its tokens.
+    """After a batch ran out of memory: limits later ones of its kind to half its tokens.
 
     Raises Transformer2Error if that was a single row.
     """
     if num_rows == 1:
-        reason = f"the memory is too small for a single row of {tokens} tokens"
-        way_out = "begin again with shorter prompts or answers or a smaller model"
+        reason = f"there is not enough memory for a single row of {tokens} tokens"
+        way_out = "take shorter prompts or answers, or a smaller model"
         if kind == "gradient":
             way_out = f"go on with checkpointing, or {way_out}"
         raise Transformer2Error(f"{reason}: {way_out}") from error
     fitting_tokens = vars(model).setdefault("fitting_tokens", {})
     if not fitting_tokens:  # said once
-        note = (
-            f"a batch of {tokens} tokens does not fit the memory, so later ones have at most half"
-        )
+        note = f"a batch of {tokens} tokens does not fit in memory: later ones have at most half"
         way_out = f"a token budget of {tokens // 2} or less avoids this"
         tqdm.write(f"note: {note}; {way_out}", file=sys.stderr)
     fitting_tokens[kind] = tokens // 2
 
 
 def token_budget(model, tokens: int | None) -> contextlib.AbstractContextManager:
-    """In this `with` block no batch has more tokens, padding included; a longer row goes alone.
+    """In this `with` block no batch has more than `tokens` tokens, but for a longer row, alone.
 
     None leaves the bound as it is.
     """
@@ -1161,7 +1169,7 @@ TEXT_INPUTS = {"input_ids", "attention_mask", "cache", "past_key_values"}
 
 
 def has_pictures(inputs: dict) -> bool:
-    """True if the inputs hold more than text does, as with pictures."""
+    """True if there are inputs that plain text does not have."""
     return any(name not in TEXT_INPUTS for name in inputs)
 
 
@@ -1202,8 +1210,9 @@ def reference_policy(model) -> contextlib.AbstractContextManager:
 def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextManager:
     """In this `with` block, transformer blocks save only their input and run again in backward().
 
-    A block does so only if its own `training` is True. This would also turn on the dropout that the
-    block itself applies, so its rates are set to 0. The layers inside it stay in eval mode.
+    transformers does this only for a block whose `training` is True. That is set for the block
+    alone: the layers inside it stay in eval mode. Dropout that the block itself would apply now is
+    set to 0.
     """
     changes = []
     run_block = partial(run_checkpointed, use_reentrant=False)
@@ -1224,7 +1233,7 @@ def changed(changes: list[tuple[object, str, object]]) -> Iterator[None]:
         for thing, name, value in changes:
             if name in vars(thing):
                 undo.callback(setattr, thing, name, vars(thing)[name])
-            else:  # it was only its class's
+            else:  # its class has it, or nothing does
                 undo.callback(delattr, thing, name)
             setattr(thing, name, value)
         yield
@@ -1351,7 +1360,7 @@ class Progress:
         layers = [f"{name} {[*z.shape]}" for name, z in self.start.items()]
         self.settings = {**asdict(hp), "task": task.name, "token limit": task.max_new_tokens}
         self.settings |= {"model": model.config._name_or_path, "layers": layers}
-        # These two may change when a run goes on: they change no more than rounding.
+        # These two may differ when a run is resumed: they affect no more than rounding.
         del self.settings["token_budget"], self.settings["checkpointing"]
 
     def values(self) -> Expert:
@@ -1387,7 +1396,10 @@ class Progress:
                 self.set_values(state["values"])
                 self.optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # of many kinds
-            raise Transformer2Error(f"cannot read {path}: delete it to begin again") from error
+            reason = f"cannot go on from {path}: {error}".splitlines()[0]
+            raise Transformer2Error(
+                f"{reason}: if it is damaged, delete it to begin again"
+            ) from error
         if differing:
             reason = f"{path} belongs to a run with other settings ({', '.join(differing)})"
             raise Transformer2Error(f"{reason}: go on with the same, or delete it")
@@ -1515,14 +1527,17 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
             if model is not None:  # before a tensor is read
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
                 check_shapes(shapes, svf_layers(model))
-                # The names fit a model with more blocks, too, so our scripts save "blocks".
+                # An expert would also fit a deeper model, in its first blocks. So our scripts save
+                # the number of blocks.
                 blocks = model.config.get_text_config().num_hidden_layers
                 if int(facts.get("blocks", blocks)) != blocks:
-                    raise ValueError(f"it is for {facts['blocks']} blocks, the model has {blocks}")
+                    raise ValueError(
+                        f"it is for {facts['blocks']} blocks, but the model has {blocks}"
+                    )
             expert = {name: file.get_tensor(name) for name in file.keys()}
             header = (file.metadata() or {}).get("transformer2")
         check_values(expert)
-        # Older files have no header. Otherwise what was read must give the same one again.
+        # Older files have no header. With one, what was read must give the same header again.
         if header is not None and header != expert_header(expert, facts):
             raise ValueError("it is damaged or of a later format: its checksum does not match")
     except Exception as error:  # a damaged file raises errors of many kinds
@@ -1570,7 +1585,7 @@ def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
 
 
 def decompose_cached(weight: torch.Tensor, cache_dir: str | Path) -> tuple:
-    """decompose, kept in cache_dir under a hash of the weight's bytes, its dtype and its rows."""
+    """decompose, kept in cache_dir under a hash of the weight's bytes, with its dtype and rows."""
     content = weight.detach().contiguous().cpu().view(torch.uint8).numpy()
     digest = hashlib.sha256(content).hexdigest()[:24]
     path = Path(cache_dir) / f"{digest}-{weight.dtype}-{len(weight)}.safetensors"
