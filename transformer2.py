@@ -833,8 +833,9 @@ def generate_answers(
         room = context_length(model) - prompt_length
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
-        with use_expert(model, select_experts(expert, rows)), our_settings:
-            with folded(model, expert, temperature, inputs, settings.max_new_tokens):
+        own_expert = select_experts(expert, rows)
+        with use_expert(model, own_expert), our_settings:
+            with folded(model, own_expert, temperature, inputs, settings.max_new_tokens):
                 sequences = causal_lm.generate(**inputs, logits_processor=processors)  # (B, P + T)
         answers = []
         for tokens in sequences[:, prompt_length:].tolist():
@@ -916,9 +917,11 @@ def folded(
     rows, prompt_length = inputs["input_ids"].shape
     cache = rows * (prompt_length + new_tokens) * cache_bytes(model)
     fits = dense_numbers * model.dtype.itemsize + cache <= free_memory(model)
-    if not (one_expert and rounding_is_harmless and fits and new_tokens >= 64):
-        return changed([])
-    return changed([(layer, "folded_weight", layer.weight) for layer in layers])
+    changes = []
+    if one_expert and rounding_is_harmless and fits and new_tokens >= 64:
+        with contextlib.suppress(torch.OutOfMemoryError):  # then it goes on with the factors
+            changes = [(layer, "folded_weight", layer.weight) for layer in layers]
+    return changed(changes)
 
 
 def check_seed(seed: int) -> None:
@@ -1325,8 +1328,12 @@ def check_count(expert: Experts, rows: list) -> None:
 
 
 def select_experts(expert: Experts, rows: list[int]) -> Experts:
-    """The experts of some rows, where every row has its own."""
-    return [expert[row] for row in rows] if isinstance(expert, list) else expert
+    """The experts of some rows: a list, or a single one if all have the same."""
+    if not isinstance(expert, list):
+        return expert
+    own = [expert[row] for row in rows]
+    all_the_same = all(row_expert is own[0] for row_expert in own)
+    return own[0] if all_the_same else own
 
 
 def check_shapes(shapes: dict, layers: dict[str, SVFLinear]) -> None:
@@ -1507,7 +1514,7 @@ def expert_facts(path: str | Path) -> dict:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if "transformer2" in metadata:
-        return json.loads(metadata["transformer2"])["about"]
+        return dict(json.loads(metadata["transformer2"])["about"])
     if "sha256" in str(metadata):
         raise ValueError("its header is damaged")  # a byte of the key "transformer2" has changed
     return metadata  # a file written before formats were numbered
@@ -1530,7 +1537,7 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
                 # An expert would also fit a deeper model, in its first blocks. So our scripts save
                 # the number of blocks.
                 blocks = model.config.get_text_config().num_hidden_layers
-                if int(facts.get("blocks", blocks)) != blocks:
+                if str(facts.get("blocks", blocks)) != str(blocks):
                     raise ValueError(
                         f"it is for {facts['blocks']} blocks, but the model has {blocks}"
                     )
@@ -1547,11 +1554,11 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
 
 
 def check_values(expert: Expert) -> None:
-    """Raises ValueError unless an expert is a dict of tensors of finite floating-point numbers."""
-    if not isinstance(expert, dict) or not expert:
+    """Raises ValueError unless an expert holds tensors of finite floating-point numbers."""
+    if not expert:
         raise ValueError("it holds no tensors")
     for name, z in expert.items():
-        is_tensor = isinstance(name, str) and isinstance(z, torch.Tensor)
+        is_tensor = isinstance(z, torch.Tensor)
         if not is_tensor or not z.is_floating_point() or not z.isfinite().all():
             raise ValueError(f"{name} is not a tensor of finite floating-point numbers")
 
@@ -1564,20 +1571,28 @@ def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
     """
     if model is None:
         raise ValueError("it is a file of the authors: pass the model as well")
-    with warnings.catch_warnings(action="ignore"):  # torch's, about the file's format
-        parameters = torch.load(path, map_location="cpu", weights_only=True)
-    check_values(parameters)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's, about the file's format
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch's sentences advise to run the file's code
+        raise ValueError("it is not a torch file that holds only tensors") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is not a dict of tensors")
     layers = svf_layers(model)
     mlp_names = [name for name in layers if "mlp" in name]
-    expert = {}
-    for key, p in parameters.items():
+    parameters = {}
+    for key, p in content.items():
         # Keys: model.layers.0.mlp.gate_proj.weight, or learnable_params_module_list.7, the eighth
         # MLP layer.
-        name = key.removesuffix(".weight")
-        number = key.rpartition(".")[2]
+        name = str(key).removesuffix(".weight")
+        number = name.rpartition(".")[2]
         if number.isdigit() and int(number) < len(mlp_names):
             name = mlp_names[int(number)]
-        check_shapes({name: p.shape}, layers)
+        parameters[name] = p
+    check_shapes({name: getattr(p, "shape", []) for name, p in parameters.items()}, layers)
+    check_values(parameters)
+    expert = {}
+    for name, p in parameters.items():
         z = p.detach().float().sigmoid()
         s = layers[name].s.to(z)
         expert[name] = z * s.sum() / (s * z).sum()
