@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import distributed, nn
@@ -63,10 +64,8 @@ def main() -> None:
 
 
 def read_arguments() -> argparse.Namespace:
-    """The command line. Raises Transformer2Error for numbers that make no sense."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command line. Raises Transformer2Error for what makes no sense."""
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'; default: tiny, on a GPU a Qwen2.5")
     add("--task", nargs="+", metavar="T", help=", ".join(TASKS) + "; default: gsm8k, tiny: four")
@@ -96,7 +95,7 @@ def read_arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     counts = ["batch_size", "validation_problems", "test_problems", "max_new_tokens"]
-    check_numbers(args, [*counts, "sample_every"])
+    check_numbers(args, [*counts, "token_budget", "sample_every"])
     return args
 
 
@@ -251,7 +250,18 @@ def peak_memory() -> str:
     return text
 
 
-# ---- What adapt.py needs, too -------------------------------------------------------------------
+# ---- What the other scripts need, too -----------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command line. What it does not understand raises Transformer2Error."""
+
+    def __init__(self, description: str):
+        plain = argparse.RawDescriptionHelpFormatter  # keeps the lines of the description
+        super().__init__(description=description, formatter_class=plain)
+
+    def error(self, message: str) -> NoReturn:
+        raise Transformer2Error(message)
 
 
 def folder_name(model_name: str) -> str:

@@ -10,7 +10,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -209,8 +209,10 @@ class Settings:
     iterations: int = 20  # of this search, everywhere
     population: int = 32  # candidates in each
     alphas: tuple = tuple(tenth / 10 for tenth in range(-2, 13))
+    methods: tuple = tuple(METHODS)
     lrs: tuple = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # one is chosen for each way to train
     lr_steps: int = 30  # of the runs that choose it
+    lr_problems: int = 1024  # of validation that choose it, at most
     pairs: tuple = tuple(PAIRS)  # of base models
     pretraining_steps: int = 1300  # of these
     prompt_lengths: tuple = (16, 48, 96)  # tokens
@@ -225,12 +227,21 @@ QUICK = Settings(
     alphas=(0.0, 0.5, 1.0),
     lrs=(3e-3, 3e-2),
     lr_steps=2,
+    lr_problems=64,
     pairs=("a common start",),
     pretraining_steps=60,
     prompt_lengths=(16, 96),
     num_categories=(2, 8),
 )
-REAL = Settings(test_problems=500, iterations=3, population=16)  # of a model that is not built in
+REAL = Settings(  # of a model that is not built in
+    test_problems=500,
+    iterations=3,
+    population=16,
+    methods=("SVF, mlp", "LoRA"),
+    lrs=(3e-4, 2e-3, 1e-2),
+    lr_steps=4,
+    lr_problems=128,
+)
 LR_SEED = 100  # of the runs that choose a learning rate
 SHOTS = 10  # where a claim is not about their number
 
@@ -249,6 +260,13 @@ class Lab:
         self.dense_model, self.processor = train_expert.load_model(args.model)
         self.svf_models: dict[tuple, nn.Module] = {}
         self.results: Results | None = None  # of the claim that is measured
+
+    def all_settings(self) -> dict:
+        """What figures depend on: the base model, the settings, and those of the tasks."""
+        settings = {"base": model_version(self.dense_model), **asdict(self.settings)}
+        for task in [*self.suite.trained, self.suite.classifier]:
+            settings[task] = get_task(task).hyper
+        return settings
 
     def task(self, name: str) -> t2.Task:
         """A task, with the training settings of this Lab."""
@@ -277,14 +295,13 @@ class Lab:
         """
         model = self.model(targets, base)
         task = self.task(task_name)
-        facts = {"base": model_version(model), "targets": targets, "task": task_name}
-        facts |= {**task.hyper, "seed": seed}
+        hyper = {**task.hyper, "seed": seed}
+        facts = {"base": model_version(model), "targets": targets, "task": task_name, **hyper}
         name = f"{facts['base']}-{targets}-{task_name}-seed{seed}.safetensors"
         path = self.out / "experts" / name
         if not path.exists():
             print(f"\ntraining {name}", file=sys.stderr)
             progress = path.with_suffix(".state")  # after an interruption training goes on from it
-            hyper = {**task.hyper, "seed": seed}
             expert = t2.reinforce(model, self.processor, task, checkpoint=progress, **hyper)
             t2.save_expert(expert, path, **facts)
             progress.unlink(missing_ok=True)
@@ -300,7 +317,8 @@ class Lab:
 
     def problems(self, task_name: str, split: str = "test") -> list[dict]:
         """The problems of a split that are scored."""
-        return get_task(task_name).problems(split)[: self.settings.test_problems]
+        most = {"test": self.settings.test_problems, "validation": self.settings.lr_problems}
+        return get_task(task_name).problems(split)[: most[split]]
 
     def score(
         self, model: nn.Module, task_name: str, expert: t2.Experts, split: str = "test"

@@ -59,9 +59,7 @@ def main() -> None:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = train_expert.Parser(__doc__)
     parser.add_argument("logs", type=Path, nargs="*", metavar="LOG", help="draws these instead")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="for the drawing of logs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the training")

@@ -50,9 +50,7 @@ def main() -> None:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = train_expert.Parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=SHAPES, help="shapes; default: all")
     parser.add_argument("--step-rows", type=int, default=256, help="problems of a training step")
     parser.add_argument("--step-tokens", type=int, default=512, help="of each of its answers")

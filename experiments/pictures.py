@@ -1,4 +1,7 @@
-"""`python experiments/pictures.py` draws an SVG beside each finished file of three claims."""
+"""The drawings of three claims. claims.py makes each as soon as its claim is measured.
+
+`python experiments/pictures.py` draws the finished files of the built-in model again.
+"""
 
 import json
 import sys
@@ -43,11 +46,15 @@ class Panel:
 
 
 def main() -> None:
-    for claim, draw_claim in PICTURES.items():
-        path = Path(__file__).parent / "results" / f"{claim}-tiny.json"
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        write_text(draw_claim(runs), path.with_suffix(".svg"))
-        print(f"wrote {path.with_suffix('.svg')}")
+    for claim in PICTURES:
+        draw_file(claim, Path(__file__).parent / "results" / f"{claim}-tiny.json")
+
+
+def draw_file(claim: str, path: Path) -> None:
+    """Draws the runs of a claim as an SVG file beside them. path: their JSON file."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    write_text(PICTURES[claim](runs), path.with_suffix(".svg"))
+    print(f"wrote {path.with_suffix('.svg')}")
 
 
 def draw_compose(runs: list[dict]) -> str:

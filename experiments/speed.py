@@ -55,9 +55,7 @@ def main() -> None:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = train_expert.Parser(__doc__)
     parser.add_argument("--model", default="tiny", help="hub id, folder or 'tiny'")
     parser.add_argument("--repeats", type=int, default=3, help="rounds after the one that warms up")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
@@ -110,14 +108,21 @@ def about_this_run() -> dict[str, str]:
     machine = f"{torch.get_num_threads()} CPU threads"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
-    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True)
+    commit = git("rev-parse", "HEAD")
+    if git("status", "--porcelain", "--", "*.py"):  # the code is not that of the commit
+        commit += "-dirty"
     return {
         "machine": machine,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": git.stdout.strip(),
+        "commit": commit,
     }
+
+
+def git(*arguments: str) -> str:
+    """What a command of git says of this project; nothing where it is no checkout."""
+    command = ["git", "-C", Path(__file__).parents[1], *arguments]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 # ---- Decomposition -------------------------------------------------------------------------------
@@ -332,7 +337,7 @@ def measure_options(bench: Benchmark) -> None:
         t2.set_gradient(model, bench.processor, task, problems, answers, t2.Hyperparameters())
 
     def whole_sequences() -> None:
-        with t2.changed([(t2, "choice_log_probs", t2.whole_choice_log_probs)]):
+        with t2.changed([(model, "_is_stateful", True)]):  # as if its cache could not be copied
             cached()
 
     ways = {"whole sequences": whole_sequences, "ours, cached": cached}

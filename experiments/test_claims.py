@@ -139,6 +139,19 @@ def test_an_expert_is_trained_once_and_not_taken_for_one_of_other_settings(lab):
         lab.expert("reversal", seed=0)
 
 
+def test_the_settings_say_which_methods_are_measured_and_on_how_much(lab, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(claims, "train_method", lambda lab, **run: lab.model())
+    few = {"methods": ("LoRA",), "test_problems": 3, "lr_problems": 2}
+    lab.settings = replace(lab.settings, **few)
+    records = claims.measure_claim("methods", lab)
+    assert {record["run"]["method"] for record in records} == {"none", "LoRA"}
+    for record in records:
+        problems = {3} if "reversal" in record["figures"] else {2}
+        scores = [value for value in record["figures"].values() if isinstance(value, dict)]
+        assert {score["problems"] for score in scores} == problems
+
+
 def test_only_the_ranks_asked_for_keep_their_z(lab, monkeypatch):
     seen = []
     z = torch.tensor([2.0, 3.0, 4.0, 5.0])
@@ -151,35 +164,6 @@ def test_only_the_ranks_asked_for_keep_their_z(lab, monkeypatch):
     assert parts["all"] == [2, 3, 4, 5]
     assert parts["first quarter"] == [2, 1, 1, 1]
     assert parts["last half"] == [1, 1, 4, 5]
-
-
-def shown_figures(path: Path) -> set[str]:
-    """Every figure that claims.py prints for a results file: a mean and its interval."""
-    groups = {}  # run without its seed, name of the figure -> values of the seeds
-    for record in json.loads(path.read_text(encoding="utf-8"))["runs"]:
-        run = [(name, value) for name, value in record["run"].items() if name != "seed"]
-        for name, value in record["figures"].items():
-            if not isinstance(value, list):
-                groups.setdefault((str(run), name), []).append(value)
-    return {claims.summary(values) for values in groups.values()}
-
-
-def test_every_number_under_here_is_in_the_results_file_that_its_table_names():
-    folder = Path(__file__).parent
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    tables = re.findall(r"`results/(\S+)`[^|`]*\n\n((?:\|.*\n)+)", text)
-    checked = 0
-    for name, table in tables:
-        header, _, *rows = [line.strip("|").split("|") for line in table.splitlines()]
-        columns = [i for i, title in enumerate(header) if title.strip().startswith("here")]
-        if not columns:
-            continue
-        figures = shown_figures(folder / "results" / name)
-        for row in rows:
-            for i in columns:
-                assert row[i].strip() in figures, f"{name}: {row[i]}"
-                checked += 1
-    assert checked > 0
 
 
 def test_a_table_has_the_mean_and_the_spread(capsys):
@@ -238,6 +222,24 @@ def test_a_picture_is_well_formed_and_shows_the_mean_and_the_spread(claim):
         assert f"{pictures.y_of(accuracy):.1f}" in marks
 
 
+@pytest.mark.parametrize("claim", pictures.PICTURES)
+def test_a_finished_claim_has_its_picture_beside_its_file(lab, monkeypatch, claim):
+    records = made_up_runs(claim)
+
+    def measure(lab: baselines.Lab, **run: object) -> dict:
+        [figures] = [record["figures"] for record in records if record["run"] == run]
+        return figures
+
+    def runs(lab: baselines.Lab) -> claims.Runs:
+        for record in records:
+            yield measure, record["run"]
+
+    monkeypatch.setitem(claims.CLAIMS, claim, runs)
+    claims.measure_claim(claim, lab)
+    drawing = (lab.out / f"{claim}-MODEL.svg").read_text(encoding="utf-8")
+    assert drawing == pictures.PICTURES[claim](records)
+
+
 def test_the_pictures_in_results_are_those_of_the_results_files():
     folder = Path(__file__).parent / "results"
     for claim, draw_claim in pictures.PICTURES.items():
@@ -262,3 +264,23 @@ def test_the_command_line_refuses_an_unwritable_folder(tmp_path, monkeypatch, ca
     error = capsys.readouterr().err
     assert error.startswith("error: cannot write") and error.count("\n") == 1
     assert Path(command[-1]).name in error
+
+
+def test_all_leaves_out_transfer_where_the_model_is_not_the_built_in_one(monkeypatch, capsys):
+    measured = []
+
+    def measure_claim(name: str, lab: baselines.Lab) -> list[dict]:
+        measured.append(name)
+        return []
+
+    monkeypatch.setattr(claims, "measure_claim", measure_claim)
+    monkeypatch.setattr(train_expert, "load_model", lambda name: (make(), TOKENIZER))
+    monkeypatch.setattr(sys, "argv", ["claims.py", "all", "--model", "REAL", "--quick"])
+    claims.main()
+    assert measured == [name for name in claims.CLAIMS if name != "transfer"]
+    assert "\ntransfer is left out: " in capsys.readouterr().out
+
+
+def test_transfer_by_its_name_refuses_a_model_that_is_not_the_built_in_one(lab):
+    with pytest.raises(t2.Transformer2Error, match="transfer .*: give --model tiny"):
+        claims.measure_claim("transfer", lab)
