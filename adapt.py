@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from tasks import CATEGORIES, TASKS, TEST_PROBLEMS, TINY_UNSEEN, four_orders, get_task, say, scores
-from train_expert import CACHE, check_numbers, default_model, folder_name, guarded, load_model
+from tasks import CATEGORIES, TASKS, TEST_PROBLEMS, four_orders, get_task, interval, say, scores
+from tasks.models import CACHE, load_model
+from tasks.tiny import TINY_UNSEEN
+from train_expert import Parser, check_numbers, default_model, folder_name, guarded
 from transformer2 import (
     Expert,
     Experts,
@@ -71,9 +73,7 @@ def main() -> None:
 
 def read_arguments() -> argparse.Namespace:
     """The command line. Raises Transformer2Error for numbers that make no sense."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("prompts", nargs="*", help="answer these (not right after --task); without any: tables")
     add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'; by default as train_expert.py")
@@ -184,8 +184,8 @@ def show_dispatch(library: Library, dispatch: Task, args: argparse.Namespace) ->
             accuracy[", ".join(order)] = np.mean(np.array(chosen) == truth)
         mean = np.mean(list(accuracy.values()))
         worst = min(accuracy, key=accuracy.get)
-        print(f"\ndispatch by {strategy}: {mean:.1%} of {len(truth)} held-out prompts, ", end="")
-        print("each in four orders of the categories; ", end="")
+        print(f"\ndispatch by {strategy}: {mean:.1%} ({interval(mean, len(truth))}) ", end="")
+        print(f"of {len(truth)} held-out prompts, each in four orders of the categories; ", end="")
         print(f"{accuracy[worst]:.1%} in the worst, {worst}")
         print_confusion(categories, counts)
 

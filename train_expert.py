@@ -189,7 +189,8 @@ def open_logs(tasks: list[Task], args: argparse.Namespace) -> list[TrainingLog]:
     if process_rank() > 0:
         return logs
     for task, log in zip(tasks, logs):
-        task.problems("test")  # raises an error for a missing dataset
+        for split in ["train", "validation", "test"]:
+            task.problems(split)  # raises an error for a missing dataset
         log.check(args.resume)
     if not args.resume:
         for task, log in zip(tasks, logs):

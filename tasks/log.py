@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ class TrainingLog:
 
     The first line has settings, seed and versions. A line follows for each step with the figures of
     StepStats and the peak memory, and every few steps a line with sample answers; both have "step".
-    A figure that does not exist or is not finite is null. Only the first process writes.
+    A figure that does not exist or is not finite is null. Only the first process writes. Where a
+    newer run has begun its own log in the same place, this one goes on in the file it has open.
     """
 
     def __init__(self, path: Path, settings: dict, sample_every: int):
@@ -33,6 +35,7 @@ class TrainingLog:
         self.path = path
         self.settings = settings
         self.sample_every = sample_every
+        self.file: FileIO | None = None  # open from the first line on
         self.first_step: int | None = None  # that this process has written
         self.start_time = 0.0  # of the step after it
         self.warnings = Counter()  # kind of warning -> how many steps it was true of
@@ -55,7 +58,7 @@ class TrainingLog:
         existed = self.path.exists()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.append("")  # fails where a line would fail
+            open(self.path, "ab").close()  # fails where a line would fail
             if not existed:
                 self.path.unlink()
         except OSError as error:
@@ -73,7 +76,8 @@ class TrainingLog:
         if process_rank() > 0:
             return
         if self.first_step is None:
-            self.drop_steps_from(stats.step)
+            if self.file is None:  # a resumed run
+                self.drop_steps_from(stats.step)
             self.first_step, self.start_time = stats.step, time.time()
         last_step = self.settings["steps"]
         tqdm.write(step_line(stats) + self.time_left(stats.step))
@@ -114,17 +118,31 @@ class TrainingLog:
         self.replace([about, *kept])
 
     def replace(self, lines: list[dict]) -> None:
-        """Puts a file with these lines in the place of the log."""
+        """Puts a file with these lines in the place of the log, and keeps it open for more."""
+        self.close()
         content = "".join(json_line(line) for line in lines)
         write_whole(self.path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+        try:
+            self.file = open(self.path, "ab", buffering=0)
+        except OSError as error:
+            raise Transformer2Error(f"cannot write {self.path}: {error}") from error
 
     def append(self, line: str) -> None:
         """Adds a line in a single write, so that a run that is killed leaves whole lines only."""
         try:
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(line.encode())
+            self.file.write(line.encode())
         except OSError as error:
             raise Transformer2Error(f"cannot write {self.path}: {error}") from error
+
+    def close(self) -> None:
+        """Closes the file, if it is open."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def __del__(self) -> None:
+        """Closes the file: Python would warn that nobody did."""
+        self.close()
 
 
 def read_log(path: Path) -> list[dict]:

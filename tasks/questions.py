@@ -264,16 +264,17 @@ def arc_scored(config: str) -> Task:
         return {"answer": answer, "solution": f" {answer}"}  # `question` is a column
 
     def problems(split: str) -> list[dict]:
-        return load_problems(Source("allenai/ai2_arc", config), prepare, split)
+        found = load_problems(Source("allenai/ai2_arc", config), prepare, split)
+        for problem in found:
+            if len(problem["choices"]["text"]) < 2:
+                raise Transformer2Error(f"{config}: {problem['question']!r} has only one option")
+        return found
 
     def conversation(problem: dict) -> str:
         return f"Question: {problem['question']}\nAnswer:"
 
     def options(problem: dict) -> list[str]:
-        texts = problem["choices"]["text"]
-        if len(texts) < 2:
-            raise Transformer2Error(f"{config}: {problem['question']!r} has only one option")
-        return [f" {text}" for text in texts]
+        return [f" {text}" for text in problem["choices"]["text"]]
 
     settings = {"steps": 12, "batch_size": 64, "lr": 5e-3, "validate_every": 4}
     extras = {"choices": options, "category": "reasoning", "hyper": settings}

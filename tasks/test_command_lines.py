@@ -20,7 +20,9 @@ import adapt
 import train_expert
 import transformer2 as t2
 from conftest import TOKENIZER, logits, make, random_expert, relative, toy
-from tasks.log import TrainingLog, step_line
+from tasks import interval
+from tasks.log import TrainingLog, read_log, step_line
+from tasks.test_tasks import hub as hub  # a fixture
 
 SCRIPTS = Path(train_expert.__file__).parent
 FEW = "--batch-size 4 --validation-problems 4 --test-problems 4 --max-new-tokens 3".split()
@@ -143,14 +145,52 @@ def test_the_summary_does_without_the_resource_module(run_script, monkeypatch):
 
 
 def test_resume_trains_nothing_again(run_script, interrupt_before_saving):
-    names = ["addition.safetensors", "reversal.safetensors"]
-    assert "step   1" in run_script(train_expert, *TWO_TASKS, "--out", "whole")
     interrupt_before_saving("reversal", *TWO_TASKS)
     assert "step   1" not in run_script(train_expert, *TWO_TASKS, "--resume")
-    for name in names:
-        resumed = t2.load_expert(f"experts/MODEL/{name}")
-        for layer, z in t2.load_expert(f"whole/MODEL/{name}").items():
-            assert torch.equal(resumed[layer], z)
+
+
+@pytest.mark.parametrize(
+    "place, name, calls",
+    [
+        (t2.Progress, "save", 0),  # before the first checkpoint
+        (t2.Progress, "save", 2),  # after a step
+        (train_expert, "save_expert", 0),
+        (train_expert, "save_expert", 1),  # between the two tasks
+        (train_expert, "remove_progress", 0),  # all experts are saved
+    ],
+)
+def test_an_interrupted_run_ends_with_the_same_experts_and_leaves_nothing_else(
+    run_script, monkeypatch, place, name, calls
+):
+    def get_task(name: str) -> t2.Task:
+        return replace(toy(lambda text, problem: len(text) / 7), name=name)
+
+    monkeypatch.setattr(train_expert, "get_task", get_task)
+    arguments = ["--task", "one", "two", "--steps", "3", "--lr", "0.1", *FEW]
+    run_script(train_expert, *arguments, "--out", "whole")
+    function = getattr(place, name)
+    done = []
+
+    def stop_after_some_calls(*given, **options):
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        done.append(name)
+        return function(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, stop_after_some_calls)
+        with pytest.raises(KeyboardInterrupt):
+            run_script(train_expert, *arguments)
+    run_script(train_expert, *arguments, "--resume")
+
+    for task_name in ("one", "two"):
+        expert = Path("experts/MODEL", f"{task_name}.safetensors")
+        whole = Path("whole/MODEL", f"{task_name}.safetensors")
+        assert expert.read_bytes() == whole.read_bytes()
+        assert (t2.load_expert(expert)["model.layers.0.mlp.up_proj"] != 1).all()
+        assert [line["step"] for line in read_lines(task_name)] == [0, 1, 2, 3]
+    names = ["one.log.jsonl", "one.safetensors", "two.log.jsonl", "two.safetensors"]
+    assert sorted(os.listdir("experts/MODEL")) == names
 
 
 def test_nothing_is_left_of_the_progress_but_experts_and_logs(run_script):
@@ -308,6 +348,29 @@ def test_the_time_left_is_that_of_the_steps_left(tmp_path):
     assert log.time_left(8) == ""
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_run_that_goes_on_writes_nothing_into_the_log_of_a_newer_one(tmp_path, steps_before):
+    path = tmp_path / "toy.log.jsonl"
+    older = TrainingLog(path, {"steps": 9, "seed": 1}, sample_every=10)
+    newer = TrainingLog(path, {"steps": 9, "seed": 2}, sample_every=10)
+
+    def write_step(log: TrainingLog, step: int) -> None:
+        seed = float(log.settings["seed"])  # as the reward, to tell the lines of the two apart
+        log.on_step(t2.StepStats(step, reward=seed, grad_norm=0.0, seconds=0.0), [])
+
+    older.start()
+    for step in range(steps_before):
+        write_step(older, step)
+    newer.start()
+    write_step(newer, 0)
+    write_step(older, steps_before)
+    write_step(newer, 1)
+    write_step(older, steps_before + 1)
+    first, *others = read_log(path)
+    assert first["seed"] == 2
+    assert [(line["step"], line["reward"]) for line in others] == [(0, 2.0), (1, 2.0)]
+
+
 def test_a_figure_that_does_not_exist_is_null(run_script):
     run_script(train_expert, "--task", "addition", "tiny-classify", "--steps", "2", *FEW)
     start, first, second = read_lines()
@@ -442,6 +505,17 @@ def test_a_dataset_that_cannot_be_read_is_met_before_anything_is_overwritten(
     assert folder_bytes() == before
 
 
+def test_a_question_with_one_option_is_met_before_anything_is_overwritten(hub, refusal):
+    option = {"label": ["A"], "text": ["oak"]}
+    row = {"question": "Which?", "choices": option, "answerKey": "A"}
+    hub(train=[row, row], test=[row])
+    save_experts("experts/MODEL", ["arc-easy"], suffix="scored")
+    before = folder_bytes()
+    error = refusal(train_expert, "--task", "arc-easy-scored", *FEW)
+    assert error == "error: ARC-Easy: 'Which?' has only one option"
+    assert folder_bytes() == before
+
+
 # ---- What goes wrong in training is said --------------------------------------------------------
 
 
@@ -520,6 +594,26 @@ def test_adapt_compares_all_strategies_on_an_unseen_task(run_script):
     assert re.search(r"α code-expert [+-]\d\.\d\d, math-expert [+-]\d\.\d\d\)", printed)
 
 
+def test_scored_options_train_an_expert_and_every_row_of_adapt_has_both_accuracies(run_script, hub):
+    rows = []
+    for i in range(16):
+        options = {"label": ["A", "B", "C"], "text": ["red", f"green {i}", "blue"]}
+        rows.append({"question": f"What is {i}?", "choices": options, "answerKey": "ABC"[i % 3]})
+    hub(train=rows, test=rows)
+    save_experts("experts/MODEL", ["classify"])
+    run_script(train_expert, "--task", "arc-easy-scored", "--steps", "1", *FEW)
+    printed = run_script(adapt, "--task", "arc-challenge-scored", *SHORT_SEARCH)
+    table = printed.partition("accuracy on 4 held-out problems\n")[2]
+    figures = r"(acc|acc_norm) +\d+\.\d% \(\d+\.\d to \d+\.\d\)"
+    shown = {}
+    for line in table.splitlines():
+        if not line.startswith("  (cross-entropy search on "):
+            shown[line[2:26].strip()] = re.findall(figures, line)
+    labels = ["base model", "expert arc-easy-scored", "prompt", "classifier"]
+    labels += ["few-shot", "few-shot, one α each"]
+    assert shown == dict.fromkeys(labels, ["acc", "acc_norm"])
+
+
 def test_a_strategy_that_takes_one_expert_for_all_prompts_has_its_figures(run_script, monkeypatch):
     def classify(model, processor, conversations, categories, *, expert):
         return ["code"] * len(conversations)
@@ -574,8 +668,9 @@ def test_adapt_shows_how_held_out_prompts_are_dispatched(printed_dispatch):
     for strategy in ("prompt", "classifier"):
         table = printed_dispatch.partition(f"dispatch by {strategy}: ")[2].partition("\n\n")[0]
         title, header, *rows = table.splitlines()
-        mean, worst, order = re.fullmatch(
-            r"(\S+)% of 40 held-out prompts, each in four orders of the categories; "
+        mean, low, high, worst, order = re.fullmatch(
+            r"(\S+)% \((\S+) to (\S+)\) of 40 held-out prompts, "
+            r"each in four orders of the categories; "
             r"(\S+)% in the worst, (.*)",
             title,
         ).groups()
@@ -592,6 +687,7 @@ def test_adapt_shows_how_held_out_prompts_are_dispatched(printed_dispatch):
             right += counts[i]
         assert len(rows) == 4
         assert mean == f"{100 * right / 160:.1f}"
+        assert f"{low} to {high}" == interval(right / 160, 40)
     assert printed_dispatch.count(" (truth: ") == 6
 
 
@@ -615,8 +711,15 @@ def test_dispatch_is_measured_with_each_category_in_each_place(run_script, monke
     assert len(pairs) == 12
     title = capsys.readouterr().out.splitlines()[1]
     [worst] = [order for order in orders if order[-1] == "code"]
-    assert title.startswith("dispatch by prompt: 75.0% of 1 held-out prompts")
+    assert title.startswith("dispatch by prompt: 75.0% (11.8 to 98.5) of 1 held-out prompts")
     assert title.endswith(f"0.0% in the worst, {', '.join(worst)}")
+
+
+def test_a_classifier_of_another_task_is_noted(run_script):
+    save_experts("experts/MODEL", ["classify"], task="addition")
+    printed = run_script(adapt, "Hello", "--max-new-tokens", "3")
+    assert "note: the classifier classify was trained on another task, addition\n" in printed
+    assert "prompt    Hello\n" in printed
 
 
 def test_an_expert_of_another_model_and_one_that_takes_a_place_are_noted(run_script):
@@ -639,6 +742,25 @@ def test_adapt_shows_what_each_expert_says_of_pictures(capsys):
     assert printed.count("(right)") == 12
 
 
+# ---- Both scripts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("files", [[], ["old"]], ids=["no folder", "a file"])
+def test_no_cache_keeps_no_decompositions(run_script, files):
+    folder = Path(".cache/transformer2/svd")
+    for name in files:
+        folder.mkdir(parents=True)
+        (folder / name).write_text("old")
+    before = folder_bytes(".cache")
+    training = ["--task", "addition", "--steps", "0", *FEW]
+    run_script(train_expert, *training, "--no-cache")
+    run_script(adapt, "Hello", "--max-new-tokens", "3", "--no-cache")
+    assert folder_bytes(".cache") == before
+    assert folder.exists() == bool(files)
+    run_script(train_expert, *training)
+    assert len(folder_bytes(".cache")) > len(files)
+
+
 # ---- Bad input, warnings ------------------------------------------------------------------------
 
 
@@ -658,6 +780,7 @@ def test_adapt_shows_what_each_expert_says_of_pictures(capsys):
         (["--kl-coef", "-1"], "--kl-coef -1.0 is out of range"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0 is out of range"),
         (["--test-problems", "0"], "--test-problems 0 is out of range"),
+        (["--token-budget", "0"], "--token-budget 0 is out of range"),
         (["--sample-every", "0"], "--sample-every 0 is out of range: it must be at least 1"),
         (["--seed", "-1"], "seed -1 is out of range"),
         (["--seed", "2147483649"], "seed 2147483649 is out of range"),

@@ -446,7 +446,7 @@ def test_a_question_with_one_option_is_named(hub):
     )
     task = tasks.get_task("arc-easy-scored")
     with pytest.raises(Transformer2Error, match="ARC-Easy: 'Which.' has only one option"):
-        task.choices(task.problems("train")[0])
+        task.problems("train")
 
 
 def test_acc_compares_log_probs_and_acc_norm_those_per_character(monkeypatch):
@@ -596,9 +596,15 @@ def real_datasets(tmp_path_factory):
 
 
 def rewards_of(
-    name: str, complete: Callable[[dict], str], splits: tuple[str, ...] = ("test",)
+    name: str,
+    complete: Callable[[dict], str],
+    splits: tuple[str, ...] = ("test",),
+    most: int | None = None,
 ) -> list[float]:
-    """The reward of complete(problem) for each problem; skips where the dataset is not cached."""
+    """The reward of complete(problem) for each problem; skips where the dataset is not cached.
+
+    most: how many problems at most, the first ones. None: all.
+    """
     task = tasks.get_task(name)
     problems = []
     for split in splits:
@@ -606,6 +612,7 @@ def rewards_of(
             problems += task.problems(split)
         except Transformer2Error as error:
             pytest.skip(str(error))
+    problems = problems[:most]
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(lambda problem: task.reward(complete(problem), problem), problems))
 
@@ -614,8 +621,9 @@ def solution(problem: dict) -> str:
     return problem["solution"]
 
 
-def test_gsm8k_solutions_are_right(real_datasets):
-    assert rewards_of("gsm8k", solution) == [1.0] * 1319
+@pytest.mark.parametrize("split, count", [("test", 1319), ("train", 3737)])
+def test_gsm8k_solutions_are_right(real_datasets, split, count):
+    assert rewards_of("gsm8k", solution, (split,)) == [1.0] * count
 
 
 def test_gsm8k_answers_that_are_1_too_high_are_wrong(real_datasets):
@@ -629,8 +637,9 @@ def test_math_solutions_are_right(real_datasets):
     assert rewards_of("math", solution, SPLITS) == [1.0] * 500
 
 
-def test_arc_solutions_are_right(real_datasets):
-    assert rewards_of("arc-challenge", solution) == [1.0] * 1172
+@pytest.mark.parametrize("name, count", [("arc-challenge", 1172), ("arc-easy", 2376)])
+def test_arc_solutions_are_right(real_datasets, name, count):
+    assert rewards_of(name, solution) == [1.0] * count
 
 
 def test_the_options_of_arc_scored_are_its_texts_and_one_is_right(real_datasets):
@@ -675,6 +684,11 @@ def test_humaneval_without_a_completion_is_wrong(real_datasets):
 def test_mbpp_solutions_are_right(real_datasets):
     # Two of the 374 problems have no usable answer.
     assert rewards_of("mbpp", solution, ("train", "validation")) == [1.0] * 372
+
+
+@linux
+def test_mbpp_solutions_of_the_test_split_are_right(real_datasets):
+    assert rewards_of("mbpp", solution, ("test",), most=60) == [1.0] * 60  # of 498
 
 
 @linux
