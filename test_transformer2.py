@@ -1182,10 +1182,20 @@ def test_reinforce_leaves_the_model_as_it_was():
         assert (expert[name] - start[name]).abs().max() < 0.3
 
 
-@pytest.mark.parametrize("name", ["batch_size", "validate_every", "validation_problems"])
-def test_training_settings_below_one_are_refused(name):
-    with pytest.raises(t2.Transformer2Error, match=f"{name} 0 must be at least 1"):
-        t2.reinforce(make_svf(), TOKENIZER, digit_task(), **{name: 0})
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("batch_size", 0, 1),
+        ("validate_every", 0, 1),
+        ("validation_problems", 0, 1),
+        ("steps", -1, 0),
+        ("kl_coef", -0.1, 0),
+        ("kl_coef", math.nan, 0),
+    ],
+)
+def test_training_settings_out_of_range_are_refused(name, value, least):
+    with pytest.raises(t2.Transformer2Error, match=f"{name} {value} must be at least {least}"):
+        t2.reinforce(make_svf(), TOKENIZER, digit_task(), **{name: value})
 
 
 def test_a_second_apply_svf_adds_layers_and_all_train():
@@ -1834,7 +1844,7 @@ def test_a_prompt_longer_than_the_context_is_refused():
 
 def test_a_picture_is_refused_by_a_model_that_reads_only_text():
     picture = [{"role": "user", "content": [{"type": "image", "image": None}]}]
-    with pytest.raises(t2.Transformer2Error, match="reads only text"):
+    with pytest.raises(t2.Transformer2Error, match="reads plain text only"):
         t2.generate(make(), TOKENIZER, [picture])
 
 

@@ -82,8 +82,8 @@ def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 class SVFLinear(nn.Module):
     """y = U diag(s * z) Vᵀ x + b, in place of a linear layer. z (r,) is all that trains.
 
-    In training W' is not built: x goes through Vᵀ, then s * z, then U. So the gradient of z takes r
-    numbers for a token, and never a matrix of W's size. x: (B, ..., in_features).
+    In training W' is not built: x goes through Vᵀ, then s * z, then U. So the gradient of z needs r
+    saved numbers for each token, and never a matrix of W's size. x: (B, ..., in_features).
     """
 
     def __init__(self, linear: nn.Linear | Conv1D, cache_dir: str | Path | None = None):
@@ -227,9 +227,11 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        for name in ["batch_size", "validate_every", "validation_problems"]:
-            if getattr(self, name) < 1:
-                raise Transformer2Error(f"{name} {getattr(self, name)} must be at least 1")
+        least = {"batch_size": 1, "validate_every": 1, "validation_problems": 1}
+        least |= {"steps": 0, "kl_coef": 0}
+        for name, value in least.items():
+            if not getattr(self, name) >= value:  # nan is not
+                raise Transformer2Error(f"{name} {getattr(self, name)} must be at least {value}")
 
 
 @dataclass
@@ -254,7 +256,7 @@ class StepStats:
 
     step: int = 0
     reward: float | None = None  # the mean over the problems; with choices, of the expected reward
-    reward_deviation: float | None = None  # standard deviation; 0: all are equal and teach nothing
+    reward_deviation: float | None = None  # standard deviation; 0: all rewards are equal
     kl: float | None = None  # KL(π_W' ‖ π_W), estimated unless there are choices
     kl_coef: float | None = None  # λ
     grad_norm: float | None = None  # before clipping
@@ -284,7 +286,8 @@ def reinforce(
     on from there. on_step: called with the figures of each step and one answer to each problem, the
     sampled one or the likeliest choice, before the checkpoint is written. Step 0 only validates and
     has no answers. Raises Transformer2Error for no problems, nothing that requires gradients, a KL
-    without a base model, or a checkpoint that is damaged or of other settings.
+    without a base model, checkpointing that the model does not have, a call inside of use_expert,
+    or a checkpoint that is damaged or of other settings.
     """
     hp = Hyperparameters(**hyperparameters)
     model.eval()  # dropout would change the policy
@@ -295,8 +298,7 @@ def reinforce(
         cut = f"cut to the {len(train_problems)} problems that task {task.name} has"
         print(f"note: the batch of {hp.batch_size} is {cut}", file=sys.stderr)
     held_out_problems = task.problems("validation")[: hp.validation_problems]
-    # Before any work: these two raise an error if the model does not allow them. What they return
-    # is not entered here.
+    # Called for their checks only, before any work. The contexts that they return are not used.
     checkpointing(model, hp.checkpointing)
     if hp.kl_coef > 0:
         reference_policy(model)
@@ -387,6 +389,7 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sums = [torch.zeros_like(parameter) for parameter in parameters]
 
+    # run_in_batches calls this with the row numbers of a batch and their encoded prompts.
     def add_batch_gradient(rows: list[int], inputs: dict) -> list[list[Answer]]:
         batch = [answers[row] for row in rows]
         with checkpointing(model, hp.checkpointing):
@@ -410,7 +413,7 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
 def batch_loss(
     model, task, inputs: dict, groups: list[list[Answer]], num_problems: int, hp: Hyperparameters
 ) -> torch.Tensor:
-    """A scalar whose gradient is this batch's part of -∇J. Sets the figures of the answers.
+    """A scalar whose gradient is this batch's part of -∇J. Sets weights and log-probabilities.
 
     inputs: prompts from encode. groups: the answers to each. num_problems: of the whole update.
     """
@@ -688,7 +691,7 @@ def run_on_copies(model, output, prompt_of, prompt_mask, tokens, mask) -> torch.
 
 
 def whole_choice_log_probs(model, inputs: dict, choices: list) -> list[torch.Tensor]:
-    """The same without a cache: run c takes every prompt with its choice c after it."""
+    """choice_log_probs without a cache: run c takes every prompt followed by its choice c."""
     columns = []
     for c in range(max(len(own_choices) for own_choices in choices)):
         # A prompt that has fewer repeats its last one. The copy is dropped below.
@@ -756,13 +759,13 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
     end = []
     if is_chat and one_starts_another and tokenizer.eos_token_id is not None:
         end = [tokenizer.eos_token_id]
-    # What a choice follows. In a chat that is known for the prefill only.
+    # The text just before a choice. In a chat the template decides what stands before the prefill.
     before = task.prefill if is_chat else prompt + task.prefill
     last_word = before.split(" ")[-1]
     choices = []
     for text in texts:
-        touch = task.prefill and not task.prefill[-1].isspace() and not text[:1].isspace()
-        tokens = continuation(tokenizer, last_word, " " + text if touch else text)
+        they_touch = task.prefill and not task.prefill[-1].isspace() and not text[:1].isspace()
+        tokens = continuation(tokenizer, last_word, " " + text if they_touch else text)
         if not tokens:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
         choices.append(Answer(tokens + end, text))
@@ -828,8 +831,8 @@ def generate_answers(
         processors = []
         if temperature > 0:
             processors.append(RowSampler(model.device, seed, rows, temperature))
-        # What the context has left. run_in_batches puts a row that may run out of it alone, so that
-        # the lower limit here cuts no other row.
+        # The context may have less room than max_new_tokens. run_in_batches sees to it that such a
+        # row is alone in its batch, so no other row is cut short.
         room = context_length(model) - prompt_length
         settings.max_new_tokens = min(max_new_tokens, room)
         our_settings = changed([(causal_lm, "generation_config", settings)])
@@ -853,9 +856,10 @@ def generate_answers(
 
 
 def generation_settings(model, processor) -> GenerationConfig:
-    """What generation runs with, in place of the model's own settings.
+    """The settings for generation. They replace model.generation_config during the call.
 
-    transformers would take from those whatever is unset here, such as top_k.
+    If they were passed to generate() instead, transformers would fill in what they leave unset,
+    such as top_k, from the model's own settings.
     """
     tokenizer = prepared_tokenizer(processor)
     ends = model.generation_config.eos_token_id
@@ -881,9 +885,9 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, device: torch.device, seed: int, rows: list[int], temperature: float):
         self.rows, self.temperature = rows, temperature
-        # On a GPU each call of a generator is slow, however little it draws. So 256 rows share one
-        # there (0 to 255, 256 to 511, ...). It draws noise for all 256 each time, even if only some
-        # are in this batch: so a row gets the same noise in any batch.
+        # One generator for each group of rows: 256 rows on a GPU, where every draw is a slow call,
+        # and 1 row elsewhere. A group always draws noise for all its rows, even for those that are
+        # not in this batch, so that a row's noise does not depend on the batch.
         self.group_size = NOISE_GROUPS.get(device.type, 1)
         self.generators = {}
         for group in {row // self.group_size for row in rows}:
@@ -903,12 +907,16 @@ class RowSampler(LogitsProcessor):
 def folded(
     model, expert: Experts, temperature: float, inputs: dict, new_tokens: int
 ) -> contextlib.AbstractContextManager:
-    """In this `with` block the layers run with W', built for the expert in use, if it is worth it.
+    """In this `with` block the layers run with W', built once for the expert in use, if
 
-    It is if one expert is given for all rows, if there may be 64 new tokens or more (to build W'
-    takes about what it saves in 60), if W' fits beside the key-value cache, and if rounding W' does
-    no harm. It does to answers that are sampled in bfloat16: training computes log-probabilities
-    from U, s and Vᵀ, and a rounded W' moves them by 0.04 a token (SmolLM2; in float32 by 4e-6).
+    1. all rows have the same expert,
+    2. there may be 64 new tokens or more (building W' takes about the time that it saves in 60),
+    3. W' fits in memory beside the key-value cache, and
+    4. the answers are greedy, or the model is in float32.
+
+    Otherwise the layers run as in training. About 4: a W' rounded to bfloat16 moves the
+    log-probability of a token by 0.04 (SmolLM2; in float32 by 4e-6). Sampled answers would come
+    from another policy than the one that is trained.
     """
     one_expert = not isinstance(expert, list)
     rounding_is_harmless = temperature == 0 or model.dtype == torch.float32
@@ -944,7 +952,7 @@ FALLBACK_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-# The most tokens in a batch, padding included. On a GPU its free memory decides for generation.
+# The most tokens in a batch, padding included. On a GPU free memory limits generation instead.
 BATCH_TOKENS = {"generation": 16384, "choices": 4096, "gradient": 2048}
 NOISE_GROUPS = {"cuda": 256}  # rows that share a generator in RowSampler; elsewhere 1
 
@@ -989,7 +997,7 @@ def encode(
         else:
             inputs = apply_chat_template(processor, conversations, prefill)
     except Exception as error:  # many kinds: an unknown role, a picture that does not load
-        reason = f"a prompt cannot be encoded, check its roles and pictures: {error}"
+        reason = f"a prompt cannot be encoded (check its roles and pictures): {error}"
         raise Transformer2Error(reason.splitlines()[0]) from error
     length, context = inputs["input_ids"].shape[1], context_length(model)
     if length >= context:
@@ -1013,7 +1021,7 @@ def apply_chat_template(processor, conversations, prefill: str) -> dict:
         if sees_pictures(processor):
             message["content"] = content_parts(message["content"])
         elif not isinstance(message["content"], str):
-            raise ValueError("it has a picture, but the model reads only text")
+            raise ValueError("it has a list of parts, but the model reads plain text only")
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     options |= {"add_generation_prompt": not prefill, "continue_final_message": bool(prefill)}
     if sees_pictures(processor):
@@ -1073,7 +1081,7 @@ def run_in_batches(
     with tqdm(total=len(waiting), leave=False, delay=3, disable=None) as bar:
         while waiting:
             # 3) As many as fit. A row whose answer may reach the end of the context goes alone:
-            #    generation has a lower limit there, which would cut the others short.
+            #    generation stops there for the whole batch, and would cut other rows short.
             size = 1
             if totals[waiting[0]] <= context:
                 limit = most_tokens(model, kind)
@@ -1112,7 +1120,7 @@ def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception
         reason = f"there is not enough memory for a single row of {tokens} tokens"
         way_out = "take shorter prompts or answers, or a smaller model"
         if kind == "gradient":
-            way_out = f"go on with checkpointing, or {way_out}"
+            way_out = f"resume with checkpointing, or {way_out}"
         raise Transformer2Error(f"{reason}: {way_out}") from error
     fitting_tokens = vars(model).setdefault("fitting_tokens", {})
     if not fitting_tokens:  # said once
@@ -1123,7 +1131,7 @@ def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception
 
 
 def token_budget(model, tokens: int | None) -> contextlib.AbstractContextManager:
-    """In this `with` block no batch has more than `tokens` tokens, but for a longer row, alone.
+    """In this `with` block a batch has at most `tokens` tokens. A longer row runs alone.
 
     None leaves the bound as it is.
     """
@@ -1172,7 +1180,7 @@ TEXT_INPUTS = {"input_ids", "attention_mask", "cache", "past_key_values"}
 
 
 def has_pictures(inputs: dict) -> bool:
-    """True if there are inputs that plain text does not have."""
+    """True if the inputs hold more than text: pictures, or the token types of picture models."""
     return any(name not in TEXT_INPUTS for name in inputs)
 
 
@@ -1213,9 +1221,9 @@ def reference_policy(model) -> contextlib.AbstractContextManager:
 def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextManager:
     """In this `with` block, transformer blocks save only their input and run again in backward().
 
-    transformers does this only for a block whose `training` is True. That is set for the block
-    alone: the layers inside it stay in eval mode. Dropout that the block itself would apply now is
-    set to 0.
+    transformers does this only for a block whose `training` is True. So this is set for each block,
+    but not for the layers inside it, which stay in eval mode. A block that trains would also apply
+    dropout of its own, so that is set to 0.
     """
     changes = []
     run_block = partial(run_checkpointed, use_reentrant=False)
@@ -1259,7 +1267,7 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
     except re.error as error:
-        reason = f"targets {targets!r} match no layer and are not a regular expression"
+        reason = f"targets {targets!r} match no layer, nor are they a valid regular expression"
         raise Transformer2Error(f"{reason}: {way_out}") from error
     layers = {}
     for name, module in model.named_modules():
@@ -1279,7 +1287,8 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
         )
     if not layers:
         reason = f"targets {targets!r} match no linear layer, or only quantised or adapted ones"
-        raise Transformer2Error(f"{reason}: {way_out}. {note}".rstrip(". "))
+        hint = f". {note}" if fused else ""
+        raise Transformer2Error(f"{reason}: {way_out}{hint}")
     if fused:
         print(f"note: {note}; adapted: {len(layers)}, like {[*layers][0]}", file=sys.stderr)
     return layers
@@ -1403,13 +1412,13 @@ class Progress:
                 self.set_values(state["values"])
                 self.optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # of many kinds
-            reason = f"cannot go on from {path}: {error}".splitlines()[0]
+            reason = f"cannot resume from {path}: {error}".splitlines()[0]
             raise Transformer2Error(
                 f"{reason}: if it is damaged, delete it to begin again"
             ) from error
         if differing:
             reason = f"{path} belongs to a run with other settings ({', '.join(differing)})"
-            raise Transformer2Error(f"{reason}: go on with the same, or delete it")
+            raise Transformer2Error(f"{reason}: resume with the same settings, or delete it")
 
 
 def descend(progress, stats: StepStats, hp: Hyperparameters) -> None:
@@ -1516,7 +1525,8 @@ def expert_facts(path: str | Path) -> dict:
     if "transformer2" in metadata:
         return dict(json.loads(metadata["transformer2"])["about"])
     if "sha256" in str(metadata):
-        raise ValueError("its header is damaged")  # a byte of the key "transformer2" has changed
+        # save_expert writes a checksum. Without the key "transformer2" the key itself is damaged.
+        raise ValueError("its header is damaged")
     return metadata  # a file written before formats were numbered
 
 
@@ -1574,7 +1584,7 @@ def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about the file's format
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch's sentences advise to run the file's code
+    except Exception as error:  # torch's own message would advise to load the file unsafely
         raise ValueError("it is not a torch file that holds only tensors") from error
     if not isinstance(content, dict):
         raise ValueError("it is not a dict of tensors")
@@ -1643,6 +1653,6 @@ def is_running(process_id: int) -> bool:
         return True
     try:
         os.kill(process_id, 0)
-    except OSError as error:  # any other error: it runs, for another user
+    except OSError as error:  # PermissionError: it runs, and belongs to another user
         return not isinstance(error, ProcessLookupError)
     return True
