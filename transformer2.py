@@ -53,7 +53,7 @@ Experts = Expert | None | list[Expert | None]
 
 
 class Transformer2Error(ValueError):
-    """An error the caller can fix. The message is one sentence: what is wrong, and the way out."""
+    """An error that the caller can fix. The message is one sentence that says what is wrong."""
 
 
 # ---- Section 3.1: singular value fine-tuning, W' = U diag(s * z) Vᵀ ------------------------------
@@ -62,9 +62,9 @@ class Transformer2Error(ValueError):
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits W (m, n) into U (m, r), s (r,) and Vh (r, n) with W = U diag(s) Vh; r = min(m, n).
 
-    If W is tall, V is square and holds the eigenvectors of WᵀW; column i of W V is s_i u_i. So
-    U diag(s) Vᵀ = W V Vᵀ = W. A wide W is transposed first. eigh is faster than an SVD. s
-    descends, in float32; U and Vh have the weight's dtype.
+    For a tall W, WᵀW = V diag(s²) Vᵀ, so its eigenvectors are V. Then W V = U diag(s): column i has
+    the length s_i and the direction u_i. A wide W is split through its transpose. (eigh is faster
+    than an SVD.) s descends, in float32; U and Vh have the weight's dtype.
     """
     if weight.shape[0] < weight.shape[1]:  # wide: Wᵀ = V diag(s) Uᵀ is tall
         V, s, Uh = decompose(weight.T)
@@ -221,7 +221,7 @@ class Hyperparameters:
     baseline: bool = True  # subtract the mean of the other rewards; not with choices
     validate_every: int = 10  # steps; the z that validates best is the result, at a tie the later
     validation_problems: int = 128
-    token_budget: int | None = None  # most tokens in a batch of any kind; see BATCH_TOKENS
+    token_budget: int | None = None  # most tokens in a batch; a longer row alone. See BATCH_TOKENS
     checkpointing: bool = False  # less memory for activations, a third more time
     seed: int = 0  # decides which problems and answers are drawn
 
@@ -230,7 +230,7 @@ class Hyperparameters:
         least = {"batch_size": 1, "validate_every": 1, "validation_problems": 1}
         least |= {"steps": 0, "kl_coef": 0}
         for name, value in least.items():
-            if not getattr(self, name) >= value:  # nan is not
+            if not getattr(self, name) >= value:  # unlike <, this refuses nan, too
                 raise Transformer2Error(f"{name} {getattr(self, name)} must be at least {value}")
 
 
@@ -280,14 +280,14 @@ def reinforce(
 ) -> Expert:
     """Trains an expert with REINFORCE (section 3.1), starting from the model's own z's.
 
-    Trains whatever requires gradients: z after apply_svf, or a PEFT adapter. Returns the values
-    with the best validation accuracy, and puts the starting values back. hyperparameters: fields of
-    Hyperparameters. checkpoint: a file for the progress after each step; if it exists, the run goes
-    on from there. on_step: called with the figures of each step and one answer to each problem, the
-    sampled one or the likeliest choice, before the checkpoint is written. Step 0 only validates and
-    has no answers. Raises Transformer2Error for no problems, nothing that requires gradients, a KL
-    without a base model, checkpointing that the model does not have, a call inside of use_expert,
-    or a checkpoint that is damaged or of other settings.
+    Trains whatever requires gradients, in eval mode: z after apply_svf, or a PEFT adapter. Returns
+    the values with the best validation accuracy, and puts the starting values back.
+    hyperparameters: fields of Hyperparameters. checkpoint: a file for the progress after each step;
+    if it exists, the run goes on from there. on_step: called with the figures of each step and one
+    answer to each problem, the sampled one or the likeliest choice, before the checkpoint is
+    written. Step 0 only validates and has no answers. Raises Transformer2Error for no problems,
+    nothing that requires gradients, a KL without a base model, checkpointing that the model does
+    not have, a call inside of use_expert, or a checkpoint that is damaged or of other settings.
     """
     hp = Hyperparameters(**hyperparameters)
     model.eval()  # dropout would change the policy
@@ -378,10 +378,10 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
 
     One sampled answer estimates the expectation in ∇J. Where a task has choices, all of them are
     given and weighted with their probability, so that the expectation is exact. Returns the answers
-    with their advantages, weights and log-probabilities filled in. (Several processes compute a
-    share each, and get copies of the others' answers.)
+    with their advantages, weights and log-probabilities filled in. (Of several processes each
+    computes a share, and all get every answer.)
     """
-    # 1) How much better each answer is than the others.
+    # 1) The advantages: rewards, minus a baseline if there is one.
     set_advantages(answers, hp.baseline and task.choices is None)
     # 2) The gradient of -J, added up batch by batch.
     prompts = [task.conversation(problem) for problem in problems]
@@ -389,13 +389,13 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sums = [torch.zeros_like(parameter) for parameter in parameters]
 
-    # run_in_batches calls this with the row numbers of a batch and their encoded prompts.
+    # run_in_batches calls this for each batch of problems that fits in memory.
     def add_batch_gradient(rows: list[int], inputs: dict) -> list[list[Answer]]:
         batch = [answers[row] for row in rows]
         with checkpointing(model, hp.checkpointing):
             loss = batch_loss(model, task, inputs, batch, len(problems), hp)
-            # backward() would add to z.grad as it goes, and leave a part of this batch's gradient
-            # there if memory ran out halfway. This returns all of it or nothing.
+            # All of this batch's gradient, or nothing if memory runs out. backward() would leave a
+            # part of it in z.grad, and the batch is run again.
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         for total, gradient in zip(sums, gradients):
             total += gradient
@@ -404,7 +404,7 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
     answers_with_figures = run_in_batches(
         model, processor, prompts, task.prefill, lengths, "gradient", add_batch_gradient
     )
-    # 3) The sums of all processes are the gradient.
+    # 3) The gradient is the total over all processes.
     for parameter, total in zip(parameters, sums):
         parameter.grad = sum_over_processes(total)
     return answers_with_figures
@@ -489,9 +489,10 @@ def reinforce_loss(log_probs, ref_log_probs, advantages, kl_coef: float, weights
 def evaluate(
     model: Model, processor: Processor, task: Task, problems: list[dict], *, expert: Experts = None
 ) -> float:
-    """Mean accuracy of greedy answers, in [0, 1]. A reward below 0 counts as 0.
+    """Mean accuracy of greedy answers, or of the likeliest choices. A reward below 0 counts as 0.
 
-    expert: as for use_expert. Raises Transformer2Error if there are no problems.
+    expert: None for the base model, an Expert, or a list with one for each problem. Raises
+    Transformer2Error if there are no problems.
     """
     if not problems:
         raise Transformer2Error(f"task {task.name} has no problems to evaluate on")
@@ -518,9 +519,9 @@ def classify(
     names = {category.strip() for category in categories}
     if not categories or "" in names or len(names) < len(categories):
         raise Transformer2Error(f"categories {categories} must be different names, one or more")
+    # A Task whose problems are the conversations. It has no reward.
     ask = partial(category_question, categories=categories)
     options = {"prefill": CATEGORY_PREFILL, "choices": categories}
-    # Its problems are the conversations. There is no reward.
     task = Task("classify", problems=None, conversation=ask, reward=None, **options)
     chosen = likeliest_choices(model, processor, task, conversations, expert)
     return [choice.text for choice in chosen]
@@ -557,7 +558,7 @@ def mix(experts: list[Expert], alphas: torch.Tensor | np.ndarray) -> Expert:
     mixture = {}
     for expert, expert_alphas in zip(experts, alphas):
         for name, z in expert.items():
-            # The α of the layer's block: of the 3 in model.layers.3.mlp.up_proj.
+            # The layer's block is the first number in its name: 3 in model.layers.3.mlp.up_proj.
             match = re.search(r"\.(\d+)\.", name)
             block = int(match[1]) if match and len(expert_alphas) > 1 else 0
             mixture[name] = mixture.get(name, 1.0) + expert_alphas[block] * (z.cpu() - 1)
@@ -662,7 +663,7 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
         return whole_choice_log_probs(model, inputs, choices)
     counts = [len(own_choices) for own_choices in choices]
     # The prompt of each choice, (N,): [0, 0, 0, 1, 1] for two prompts with 3 and 2 choices.
-    prompt_of = torch.tensor([i for i, own in enumerate(choices) for _ in own]).to(model.device)
+    prompt_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(model.device)
     tokens, mask = pad_right([choice for own in choices for choice in own], model.device)  # (N, T)
     # 1) The prompts run. Their last position predicts the first token of their choices.
     output = run_model(model, inputs, logits_to_keep=1, use_cache=True)
@@ -677,16 +678,21 @@ def choice_log_probs(model: Model, inputs: dict, choices: list[list[list[int]]])
 
 
 def run_on_copies(model, output, prompt_of, prompt_mask, tokens, mask) -> torch.Tensor:
-    """The logits (N, T, V) of tokens (N, T) that follow prompts.
+    """The logits (N, T, V) of tokens (N, T), each row after a copy of its prompt's cache.
 
-    output: what run_model gave for the prompts, with their cache. prompt_of: each row's prompt.
+    output: what run_model gave for the prompts; its cache changes. prompt_of: the prompt of each
+    row, (N,). prompt_mask, mask: the attention masks of the rows' prompts and tokens.
     """
     cache_name = "cache" if "cache" in output else "past_key_values"  # depends on the version
     cache = output[cache_name]
     cache.batch_select_indices(prompt_of)  # in place: row i becomes that of prompt prompt_of[i]
     inputs = {"input_ids": tokens, cache_name: cache}
-    inputs["attention_mask"] = torch.cat([prompt_mask, mask], dim=1)  # of the cached tokens, too
-    with use_expert_rows(model, prompt_of):
+    inputs["attention_mask"] = torch.cat(
+        [prompt_mask, mask], dim=1
+    )  # covers the cached tokens, too
+    # The same with z, where each prompt has its own.
+    layers = [layer for layer in svf_layers(model).values() if layer.current_z().dim() > 1]
+    with changed([(layer, "active_z", layer.current_z()[prompt_of]) for layer in layers]):
         return run_model(model, inputs, use_cache=True).logits
 
 
@@ -718,7 +724,7 @@ def can_repeat_cache(model, inputs: dict) -> bool:
 def score_choices(
     model: Model, processor: Processor, task: Task, problems: list[dict], *, expert: Experts = None
 ) -> list[torch.Tensor]:
-    """log π(choice|x) of each problem's choices, a tensor (C,) for each. expert: see use_expert."""
+    """log π(choice|x) of each problem's choices, a tensor (C,) for each. expert: as in evaluate."""
     check_count(expert, problems)
     prompts = [task.conversation(problem) for problem in problems]
     choices = [choices_of(processor, task, problem) for problem in problems]
@@ -751,25 +757,30 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
         question = problem.get("question")
         raise Transformer2Error(f"task {task.name} has no choices for the problem {question!r}")
     tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
-    # If "math" and "mathematics" are both choices, the probability of "math" counts answers that go
-    # on to "mathematics", too. An end token after every choice tells them apart. Plain-text prompts
-    # get none, as in benchmarks.
     is_chat = not isinstance(prompt, str)
-    one_starts_another = any(a != b and b.startswith(a) for a in texts for b in texts)
-    end = []
-    if is_chat and one_starts_another and tokenizer.eos_token_id is not None:
-        end = [tokenizer.eos_token_id]
-    # The text just before a choice. In a chat the template decides what stands before the prefill.
+    end = end_tokens(tokenizer, texts) if is_chat else []  # plain text has none, as in benchmarks
+    # A choice is tokenized with the word before it. Before a chat's prefill stands its template.
     before = task.prefill if is_chat else prompt + task.prefill
-    last_word = before.split(" ")[-1]
+    needs_space = task.prefill != "" and not task.prefill[-1].isspace()
     choices = []
     for text in texts:
-        they_touch = task.prefill and not task.prefill[-1].isspace() and not text[:1].isspace()
-        tokens = continuation(tokenizer, last_word, " " + text if they_touch else text)
+        following = f" {text}" if needs_space and not text[:1].isspace() else text
+        tokens = continuation(tokenizer, before.split(" ")[-1], following)
         if not tokens:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
         choices.append(Answer(tokens + end, text))
     return choices
+
+
+def end_tokens(tokenizer, texts: list[str]) -> list[int]:
+    """What has to stand after each choice: an end token if one of them is the start of another.
+
+    Without it the probability of "math" would count answers that go on to "mathematics", too.
+    """
+    one_starts_another = any(a != b and b.startswith(a) for a in texts for b in texts)
+    if one_starts_another and tokenizer.eos_token_id is not None:
+        return [tokenizer.eos_token_id]
+    return []
 
 
 @lru_cache(maxsize=10_000)  # a search asks for the same choices again and again
@@ -828,9 +839,9 @@ def generate_answers(
 
     def generate_batch(rows: list[int], inputs: dict) -> list[Answer]:
         prompt_length = inputs["input_ids"].shape[1]
-        processors = []
+        samplers = []
         if temperature > 0:
-            processors.append(RowSampler(model.device, seed, rows, temperature))
+            samplers.append(RowSampler(model.device, seed, rows, temperature))
         # The context may have less room than max_new_tokens. run_in_batches sees to it that such a
         # row is alone in its batch, so no other row is cut short.
         room = context_length(model) - prompt_length
@@ -839,14 +850,14 @@ def generate_answers(
         own_expert = select_experts(expert, rows)
         with use_expert(model, own_expert), our_settings:
             with folded(model, own_expert, temperature, inputs, settings.max_new_tokens):
-                sequences = causal_lm.generate(**inputs, logits_processor=processors)  # (B, P + T)
+                sequences = causal_lm.generate(**inputs, logits_processor=samplers)  # (B, P + T)
         answers = []
         for tokens in sequences[:, prompt_length:].tolist():
-            stops = [t + 1 for t, token in enumerate(tokens) if token in ends]
-            if stops:
-                tokens = tokens[: stops[0]]
+            ended_at = [t + 1 for t, token in enumerate(tokens) if token in ends]
+            if ended_at:
+                tokens = tokens[: ended_at[0]]
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            answers.append(Answer(tokens, text, cut_off=not stops))
+            answers.append(Answer(tokens, text, cut_off=not ended_at))
         return answers
 
     lengths = [[max_new_tokens]] * len(conversations)
@@ -885,9 +896,9 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, device: torch.device, seed: int, rows: list[int], temperature: float):
         self.rows, self.temperature = rows, temperature
-        # One generator for each group of rows: 256 rows on a GPU, where every draw is a slow call,
-        # and 1 row elsewhere. A group always draws noise for all its rows, even for those that are
-        # not in this batch, so that a row's noise does not depend on the batch.
+        # A row's noise must depend on its number only, not on its batch. The simplest is a
+        # generator for each row. On a GPU that is many slow calls, so there 256 rows share one,
+        # which always draws for all 256.
         self.group_size = NOISE_GROUPS.get(device.type, 1)
         self.generators = {}
         for group in {row // self.group_size for row in rows}:
@@ -907,14 +918,14 @@ class RowSampler(LogitsProcessor):
 def folded(
     model, expert: Experts, temperature: float, inputs: dict, new_tokens: int
 ) -> contextlib.AbstractContextManager:
-    """In this `with` block the layers run with W', built once for the expert in use, if
+    """In this `with` block the layers run with W', built once, if that is faster and harmless:
 
     1. all rows have the same expert,
-    2. there may be 64 new tokens or more (building W' takes about the time that it saves in 60),
+    2. there may be 64 new tokens or more (building W' takes as long as it saves in about 60),
     3. W' fits in memory beside the key-value cache, and
     4. the answers are greedy, or the model is in float32.
 
-    Otherwise the layers run as in training. About 4: a W' rounded to bfloat16 moves the
+    Otherwise they run as in training. About 4: a W' rounded to bfloat16 moves the
     log-probability of a token by 0.04 (SmolLM2; in float32 by 4e-6). Sampled answers would come
     from another policy than the one that is trained.
     """
@@ -1106,9 +1117,10 @@ def most_tokens(model, kind: str) -> float:
     limit, memory = BATCH_TOKENS[kind], free_memory(model)
     if kind == "generation" and memory < math.inf:  # on a GPU
         limit = memory / cache_bytes(model)
-    limit = vars(model).get("token_budget", limit)  # set by token_budget
-    fitted = vars(model).get("fitting_tokens", {}).get(kind, math.inf)  # set by halve_batches
-    return min(limit, fitted)
+    # token_budget and halve_batches set attributes of the model.
+    budget = getattr(model, "token_budget", limit)
+    fitting_tokens = getattr(model, "fitting_tokens", {})
+    return min(budget, fitting_tokens.get(kind, math.inf))
 
 
 def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception) -> None:
@@ -1267,7 +1279,7 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
     except re.error as error:
-        reason = f"targets {targets!r} match no layer, nor are they a valid regular expression"
+        reason = f"targets {targets!r} match no layer: it is not a valid regular expression"
         raise Transformer2Error(f"{reason}: {way_out}") from error
     layers = {}
     for name, module in model.named_modules():
@@ -1321,12 +1333,6 @@ def stack_experts(expert: Experts, layers: dict[str, SVFLinear]) -> dict[str, to
         rows = [row_expert.get(name, ones).detach().to(ones) for row_expert in row_experts]
         stacked[name] = torch.stack(rows) if isinstance(expert, list) else rows[0]
     return stacked
-
-
-def use_expert_rows(model, rows: torch.Tensor) -> contextlib.AbstractContextManager:
-    """In this `with` block row i uses the z of row rows[i]. A z that all rows share stays."""
-    layers = [layer for layer in svf_layers(model).values() if layer.current_z().dim() > 1]
-    return changed([(layer, "active_z", layer.current_z()[rows]) for layer in layers])
 
 
 def check_count(expert: Experts, rows: list) -> None:
@@ -1580,10 +1586,12 @@ def load_authors_expert(path: str | Path, model: Model | None) -> Expert:
     of the singular values. Here both become a part of z.
     """
     if model is None:
-        raise ValueError("it is a file of the authors: pass the model as well")
+        raise ValueError("it is a file by the paper's authors: pass the model as well")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about the file's format
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except OSError:  # no such file, no permission
+        raise
     except Exception as error:  # torch's own message would advise to load the file unsafely
         raise ValueError("it is not a torch file that holds only tensors") from error
     if not isinstance(content, dict):
