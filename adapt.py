@@ -80,7 +80,7 @@ def read_arguments() -> argparse.Namespace:
     add("--experts", type=Path, help="default: experts/<model>")
     add("--task", nargs="+", metavar="UNSEEN", help=", ".join(TASKS))
     add("--strategy", nargs="+", default=STRATEGIES, choices=STRATEGIES, help="default: all")
-    add("--shots", type=int, default=10, help="problems that few-shot adaptation may look at")
+    add("--shots", type=int, default=20, help="problems that few-shot adaptation looks at; 20")
     add("--population", type=int, help="candidates in an iteration; default: tiny 32, others 16")
     add("--iterations", type=int, help="of the search of few-shot; default: tiny 20, others 3")
     add("--test-problems", type=int, help="held-out ones to score; all, *-scored: 500 and 250")
