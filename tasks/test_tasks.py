@@ -852,7 +852,7 @@ def test_an_expert_trains_on_pictures(model_and_processor):
 def test_a_picture_that_does_not_load_is_named(source):
     model, processor = seeing("llava")
     conversation = tasks.say({"image": source, "question": "Hello"})
-    with pytest.raises(Transformer2Error, match="check its .* pictures: .*(no.png|test_tasks.py)"):
+    with pytest.raises(Transformer2Error, match="check its .* pictures.: .*(no.png|test_tasks.py)"):
         generate(model, processor, [conversation])
 
 
