@@ -1626,6 +1626,9 @@ def train_two_tasks(path: str, rank: int = 0, processes: int = 1) -> None:
             experts[f"{task.max_new_tokens} {name}"] = z
     if rank == 0:
         t2.save_expert(experts, path)
+    if processes > 1:
+        # Without this, threads that are still alive at the end may abort the process.
+        torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_as_one(tmp_path):
