@@ -7,7 +7,7 @@ number per component rescales them: W' = U diag(s * z) Vᵀ. All z's together ar
 They are all that trains, by reinforcement learning on the model's own answers. At inference a
 first pass finds out which expert a prompt needs, and a second pass answers with it.
 
-The file follows the paper, section 3.1 and section 3.2. The plumbing comes last.
+The file follows sections 3.1 and 3.2 of the paper. The plumbing comes last.
 Shapes in comments: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C choices
 of one problem, N answers in a batch, m x n a weight, r singular values, K experts.
 """
@@ -96,7 +96,7 @@ class SVFLinear(nn.Module):
         self.register_buffer("s", s)  # (r,), in float32 whatever the model's dtype
         self.register_buffer("Vh", Vh)  # (r, in)
         self.z = nn.Parameter(torch.ones_like(s))  # z = 1 is the base model, up to rounding
-        self.active_z: torch.Tensor | None = None  # set by use_expert: (r,), or (B, r), one per row
+        self.active_z: torch.Tensor | None = None  # see use_expert: (r,), or (B, r), one per row
         self.folded_weight: torch.Tensor | None = None  # set by folded: W' (out, in), built ahead
         self.bias = linear.bias
         # Kept for merge_svf, without its weight. The list keeps torch from registering it.
@@ -194,7 +194,7 @@ def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManag
 class Task:
     """What a model is asked, and how its answers are rewarded.
 
-    A problem is a dict: question, answer, perhaps a worked solution.
+    A problem is a dict with "question", "answer" and perhaps "solution", a worked answer.
     """
 
     name: str
@@ -211,7 +211,10 @@ class Task:
 
 @dataclass
 class Hyperparameters:
-    """The settings of reinforce. batch_size, lr and max_grad_norm are the paper's (A.1)."""
+    """The settings of reinforce. batch_size, lr and max_grad_norm are the paper's (A.1).
+
+    In the authors' code z is a sigmoid of what trains. There the same lr moves z half as far.
+    """
 
     steps: int = 100  # updates of z
     batch_size: int = 256  # problems in an update, with one sampled answer each, or all choices
@@ -219,9 +222,9 @@ class Hyperparameters:
     kl_coef: float = 0.0  # λ; the paper picks 0, 0.1, 0.2 or 0.3 on validation problems
     max_grad_norm: float = 1e-3  # a longer gradient, of all z's together, is scaled down to it
     baseline: bool = True  # subtract the mean of the other rewards; not with choices
-    validate_every: int = 10  # steps; the z that validates best is the result, at a tie the later
+    validate_every: int = 10  # steps; the z with the best accuracy is returned, at a tie the later
     validation_problems: int = 128
-    token_budget: int | None = None  # most tokens in a batch; a longer row alone. See BATCH_TOKENS
+    token_budget: int | None = None  # of a batch; a longer row runs alone. See BATCH_TOKENS
     checkpointing: bool = False  # less memory for activations, a third more time
     seed: int = 0  # decides which problems and answers are drawn
 
@@ -394,8 +397,8 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
         batch = [answers[row] for row in rows]
         with checkpointing(model, hp.checkpointing):
             loss = batch_loss(model, task, inputs, batch, len(problems), hp)
-            # All of this batch's gradient, or nothing if memory runs out. backward() would leave a
-            # part of it in z.grad, and the batch is run again.
+            # All of this batch's gradient, or nothing if memory runs out. backward() could leave a
+            # part of it in z.grad, which would count twice when the batch is run again.
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         for total, gradient in zip(sums, gradients):
             total += gradient
@@ -475,7 +478,7 @@ def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def leave_one_out_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """Each reward minus the mean of the others, (N,). The gradient has less noise, and no bias."""
+    """Each reward minus the mean of the others, (N,): less noise in the gradient, and no bias."""
     other_rewards = rewards.sum() - rewards
     return rewards - other_rewards / max(1, len(rewards) - 1)
 
@@ -559,6 +562,7 @@ def mix(experts: list[Expert], alphas: torch.Tensor | np.ndarray) -> Expert:
     for expert, expert_alphas in zip(experts, alphas):
         for name, z in expert.items():
             # The layer's block is the first number in its name: 3 in model.layers.3.mlp.up_proj.
+            # A layer outside of the blocks takes the weight of the first.
             match = re.search(r"\.(\d+)\.", name)
             block = int(match[1]) if match and len(expert_alphas) > 1 else 0
             mixture[name] = mixture.get(name, 1.0) + expert_alphas[block] * (z.cpu() - 1)
@@ -581,7 +585,8 @@ def few_shot(
 
     Accuracy decides, and at a tie the mean log-likelihood of the right answers. α is (K, 1), or
     (K, blocks) if per_layer: a weight for each transformer block. A weight may be below 0 or above
-    1. Raises Transformer2Error without problems, experts, candidates or iterations.
+    1. population: candidates in each of the iterations. Raises Transformer2Error without problems,
+    experts, candidates or iterations.
     """
     check_seed(seed)
     if not problems or not experts or population < 1 or iterations < 1:
@@ -591,11 +596,11 @@ def few_shot(
     K = len(expert_list)
     blocks = model.config.get_text_config().num_hidden_layers if per_layer else 1
     # The search starts with the base model (all α are 0) and each expert alone.
-    first = np.zeros((K + 1, K, blocks))
+    first_candidates = np.zeros((K + 1, K, blocks))
     for k in range(K):
-        first[k + 1, k] = 1  # in every block
+        first_candidates[k + 1, k] = 1  # in every block
     score = partial(score_mixtures, model, processor, task, problems, expert_list)
-    alphas = cross_entropy_method(score, first, population, iterations, seed)
+    alphas = cross_entropy_method(score, first_candidates, population, iterations, seed)
     return mix(expert_list, alphas), torch.tensor(alphas, dtype=torch.float32)
 
 
@@ -619,21 +624,21 @@ def score_mixtures(model, processor, task, problems, experts: list[Expert], cand
 
 
 def cross_entropy_method(
-    score: Callable, first: np.ndarray, population: int, iterations: int, seed: int
+    score: Callable, first_candidates: np.ndarray, population: int, iterations: int, seed: int
 ) -> np.ndarray:
     """The best candidate α, (K, blocks), that the cross-entropy method finds.
 
-    score: a list of candidates -> a list of scores. first: the first candidates, (n, K, blocks).
+    score: a list of candidates -> a list of scores. first_candidates: each (K, blocks).
     """
     rng = np.random.default_rng(seed)
-    shape = first.shape[1:]
+    shape = first_candidates.shape[1:]
     mean = np.full(shape, 1 / shape[0])  # α = 1/K
     deviation = np.full(shape, 0.5)
     num_elite = max(2, round(0.2 * population))
     best = []  # empty, then the one best (score, candidate)
     for iteration in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
         # 1) sample candidates around the mean
-        candidates = list(first) if iteration == 0 else []
+        candidates = list(first_candidates) if iteration == 0 else []
         while len(candidates) < population:
             candidates.append(mean + deviation * rng.standard_normal(shape))
         # 2) score them, the best first (accuracy decides); the best so far stays among them
@@ -687,10 +692,9 @@ def run_on_copies(model, output, prompt_of, prompt_mask, tokens, mask) -> torch.
     cache = output[cache_name]
     cache.batch_select_indices(prompt_of)  # in place: row i becomes that of prompt prompt_of[i]
     inputs = {"input_ids": tokens, cache_name: cache}
-    inputs["attention_mask"] = torch.cat(
-        [prompt_mask, mask], dim=1
-    )  # covers the cached tokens, too
-    # The same with z, where each prompt has its own.
+    # The mask covers the cached tokens, too.
+    inputs["attention_mask"] = torch.cat([prompt_mask, mask], dim=1)
+    # Where each prompt has its own z, copy that, too.
     layers = [layer for layer in svf_layers(model).values() if layer.current_z().dim() > 1]
     with changed([(layer, "active_z", layer.current_z()[prompt_of]) for layer in layers]):
         return run_model(model, inputs, use_cache=True).logits
@@ -757,15 +761,20 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
         question = problem.get("question")
         raise Transformer2Error(f"task {task.name} has no choices for the problem {question!r}")
     tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
-    is_chat = not isinstance(prompt, str)
-    end = end_tokens(tokenizer, texts) if is_chat else []  # plain text has none, as in benchmarks
-    # A choice is tokenized with the word before it. Before a chat's prefill stands its template.
-    before = task.prefill if is_chat else prompt + task.prefill
+    if isinstance(prompt, str):
+        before, end = prompt + task.prefill, []  # no end token, as in benchmarks
+    else:
+        before, end = task.prefill, end_tokens(tokenizer, texts)
+    # A tokenizer may split a choice differently after a word. In a chat without a prefill there is
+    # no such word: the template comes first.
+    last_word = before.split(" ")[-1]
     needs_space = task.prefill != "" and not task.prefill[-1].isspace()
     choices = []
     for text in texts:
-        following = f" {text}" if needs_space and not text[:1].isspace() else text
-        tokens = continuation(tokenizer, before.split(" ")[-1], following)
+        following = text
+        if needs_space and not text[:1].isspace():
+            following = " " + text
+        tokens = continuation(tokenizer, last_word, following)
         if not tokens:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
         choices.append(Answer(tokens + end, text))
@@ -908,8 +917,8 @@ class RowSampler(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         groups = {}  # number of a group -> the noise of all its rows
         for group, generator in self.generators.items():
-            noise = torch.empty(self.group_size, scores.shape[1], device=scores.device)
-            groups[group] = noise.exponential_(generator=generator)
+            group_noise = torch.empty(self.group_size, scores.shape[1], device=scores.device)
+            groups[group] = group_noise.exponential_(generator=generator)
         noise = [groups[row // self.group_size][row % self.group_size] for row in self.rows]
         noise = torch.stack(noise).clamp(min=2**-24)  # (B, V); some devices draw an exact 0
         return scores.float() / self.temperature - noise.log()
@@ -1043,6 +1052,7 @@ def apply_chat_template(processor, conversations, prefill: str) -> dict:
 
 
 def sees_pictures(processor) -> bool:
+    """True for the processor of a model that can take pictures."""
     return hasattr(processor, "image_processor")
 
 
@@ -1060,7 +1070,7 @@ def content_parts(content: str | list[dict]) -> list[dict]:
 def run_in_batches(
     model, processor, conversations, prefill, lengths: list[list[int]], kind: str, compute: Callable
 ) -> list:
-    """One result for each conversation. compute(row numbers, encoded prompts) gives a batch's.
+    """One result for each conversation. compute(row numbers, encoded prompts) runs a batch.
 
     lengths[i]: how many tokens may follow prompt i: one number for an answer, or one for each of
     its choices. kind: a key of BATCH_TOKENS. Several processes share the rows. If a GPU runs out of
@@ -1081,46 +1091,57 @@ def run_in_batches(
         reason = f"a prompt and its answer have {most} tokens, but the model's context is {context}"
         raise Transformer2Error(f"{reason}: shorten one of them")
 
-    def count_tokens(rows: list[int]) -> int:
-        """Tokens of a batch, with padding and with a copy of the prompt for each choice."""
-        longest_prompt = max(prompt_lengths[row] for row in rows)
-        longest_answer = max(max(lengths[row]) for row in rows)
-        num_choices = max(len(lengths[row]) for row in rows)
-        return len(rows) * num_choices * (longest_prompt + longest_answer)
-
     results = {}
     with tqdm(total=len(waiting), leave=False, delay=3, disable=None) as bar:
         while waiting:
-            # 3) As many as fit. A row whose answer may reach the end of the context goes alone:
-            #    generation stops there for the whole batch, and would cut other rows short.
-            size = 1
-            if totals[waiting[0]] <= context:
-                limit = most_tokens(model, kind)
-                while size < len(waiting) and count_tokens(waiting[: size + 1]) <= limit:
-                    size += 1
-            rows = waiting[:size]
+            # 3) As many as fit.
+            limit = most_tokens(model, kind)
+            rows, tokens = next_batch(waiting, prompt_lengths, lengths, limit, context)
             # 4) Run them. If the memory is too small for that, try again with fewer.
             try:
                 inputs = encode(model, processor, [conversations[row] for row in rows], prefill)
                 results.update(zip(rows, compute(rows, inputs)))
             except torch.OutOfMemoryError as error:
-                halve_batches(model, kind, size, count_tokens(rows), error)
+                halve_batches(model, kind, len(rows), tokens, error)
                 continue
-            waiting = waiting[size:]
-            bar.update(size)
+            waiting = waiting[len(rows) :]
+            bar.update(len(rows))
     results = merge_shares(results)
     return [results[row] for row in range(len(conversations))]
 
 
+def next_batch(waiting, prompt_lengths, lengths, limit: float, context: int) -> tuple[list, int]:
+    """The first waiting rows that fit together, at least one, and how many tokens they have.
+
+    Tokens are counted with padding, and with a copy of the prompt for each choice. A row that may
+    pass the end of the context goes alone: generation stops there, for all rows of its batch.
+    """
+    rows, tokens = [], 0
+    longest_prompt = longest_answer = most_choices = 0
+    for row in waiting:
+        longest_prompt = max(longest_prompt, prompt_lengths[row])
+        longest_answer = max(longest_answer, *lengths[row])
+        most_choices = max(most_choices, len(lengths[row]))
+        length = longest_prompt + longest_answer
+        tokens_with_row = (len(rows) + 1) * most_choices * length
+        if rows and (tokens_with_row > limit or length > context):
+            break
+        rows.append(row)
+        tokens = tokens_with_row
+    return rows, tokens
+
+
 def most_tokens(model, kind: str) -> float:
     """How many tokens a batch may have, padding included. kind: a key of BATCH_TOKENS."""
-    limit, memory = BATCH_TOKENS[kind], free_memory(model)
-    if kind == "generation" and memory < math.inf:  # on a GPU
-        limit = memory / cache_bytes(model)
-    # token_budget and halve_batches set attributes of the model.
-    budget = getattr(model, "token_budget", limit)
+    # 1) What the caller allows (see token_budget), or what suits most machines
+    limit = getattr(model, "token_budget", BATCH_TOKENS[kind])
+    # 2) On a GPU generation may take as many as its key-value cache has room for.
+    memory = free_memory(model)
+    if kind == "generation" and memory < math.inf:
+        limit = min(getattr(model, "token_budget", math.inf), memory / cache_bytes(model))
+    # 3) What fits after a batch did not (see halve_batches)
     fitting_tokens = getattr(model, "fitting_tokens", {})
-    return min(budget, fitting_tokens.get(kind, math.inf))
+    return min(limit, fitting_tokens.get(kind, math.inf))
 
 
 def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception) -> None:
@@ -1155,6 +1176,7 @@ def free_memory(model) -> float:
     device = model.device
     if device.type != "cuda":
         return math.inf
+    # torch has reserved it, but no tensor is in it
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return 0.9 * (torch.cuda.mem_get_info(device)[0] + unused)
 
@@ -1203,8 +1225,8 @@ def run_model(model, inputs: dict, logits_to_keep: int = 0, use_cache: bool = Fa
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = logits_to_keep
     # Positions count real tokens only, so that left padding does not shift a prompt. With a cache
-    # the mask is longer than the input, whose own positions are the last. With pictures the model
-    # makes the positions itself.
+    # the mask covers more than the input, whose positions are the last ones. With pictures the
+    # model makes the positions itself.
     if "position_ids" in accepted and not has_pictures(inputs):
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         options["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
@@ -1230,7 +1252,7 @@ def reference_policy(model) -> contextlib.AbstractContextManager:
     raise Transformer2Error("the KL needs a base model: use apply_svf or PEFT, or kl_coef=0")
 
 
-def checkpointing(model, enabled: bool = True) -> contextlib.AbstractContextManager:
+def checkpointing(model, enabled: bool) -> contextlib.AbstractContextManager:
     """In this `with` block, transformer blocks save only their input and run again in backward().
 
     transformers does this only for a block whose `training` is True. So this is set for each block,
@@ -1292,17 +1314,14 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
     # Convolutions are 3-D, too.
     in_3d = [name for name, weight in model.named_parameters() if weight.dim() == 3]
     fused = [name for name in in_3d if "conv" not in name and pattern.search(name)]
-    note = ""
     if fused:
-        note = (
-            f"{len(fused)} fused weights of mixtures of experts cannot be adapted, like {fused[0]}"
-        )
+        left_out = f"{len(fused)} fused weights of experts cannot be adapted, like {fused[0]}"
+        way_out += f". {left_out}"
     if not layers:
         reason = f"targets {targets!r} match no linear layer, or only quantised or adapted ones"
-        hint = f". {note}" if fused else ""
-        raise Transformer2Error(f"{reason}: {way_out}{hint}")
+        raise Transformer2Error(f"{reason}: {way_out}")
     if fused:
-        print(f"note: {note}; adapted: {len(layers)}, like {[*layers][0]}", file=sys.stderr)
+        print(f"note: {left_out}; adapted: {len(layers)}, like {[*layers][0]}", file=sys.stderr)
     return layers
 
 
@@ -1412,19 +1431,19 @@ class Progress:
             state = torch.load(path, map_location=device, weights_only=True)
             theirs = state["settings"]
             differing = [name for name in self.settings if theirs.get(name) != self.settings[name]]
-            if not differing:  # otherwise refused below
-                self.next_step = state["next_step"]
-                self.best, self.best_score = state["best"], state["best_score"]
-                self.set_values(state["values"])
-                self.optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:  # of many kinds
+            if differing:
+                reason = f"{path} belongs to a run with other settings ({', '.join(differing)})"
+                raise Transformer2Error(f"{reason}: resume with the same settings, or delete it")
+            self.next_step = state["next_step"]
+            self.best, self.best_score = state["best"], state["best_score"]
+            self.set_values(state["values"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except Transformer2Error:
+            raise
+        except Exception as error:  # a damaged file raises errors of many kinds
             reason = f"cannot resume from {path}: {error}".splitlines()[0]
-            raise Transformer2Error(
-                f"{reason}: if it is damaged, delete it to begin again"
-            ) from error
-        if differing:
-            reason = f"{path} belongs to a run with other settings ({', '.join(differing)})"
-            raise Transformer2Error(f"{reason}: resume with the same settings, or delete it")
+            way_out = "if it is damaged, delete it to begin again"
+            raise Transformer2Error(f"{reason}: {way_out}") from error
 
 
 def descend(progress, stats: StepStats, hp: Hyperparameters) -> None:
@@ -1531,7 +1550,7 @@ def expert_facts(path: str | Path) -> dict:
     if "transformer2" in metadata:
         return dict(json.loads(metadata["transformer2"])["about"])
     if "sha256" in str(metadata):
-        # save_expert writes a checksum. Without the key "transformer2" the key itself is damaged.
+        # A checksum without the key "transformer2" means that the key is damaged.
         raise ValueError("its header is damaged")
     return metadata  # a file written before formats were numbered
 
