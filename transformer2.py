@@ -9,7 +9,7 @@ first pass finds out which expert a prompt needs, and a second pass answers with
 
 The file follows sections 3.1 and 3.2 of the paper. The plumbing comes last.
 Shapes in comments: B rows of a batch, P prompt tokens, T completion tokens, V vocabulary, C choices
-of one problem, N answers in a batch, m x n a weight, r singular values, K experts.
+of one problem, N answers, m x n a weight, r singular values, K experts.
 """
 
 import contextlib
@@ -49,6 +49,7 @@ Processor = PreTrainedTokenizerBase  # or the processor of a model that sees pic
 Conversation = list[dict] | str  # messages {"role", "content"}, or plain text without a template
 Expert = dict[str, torch.Tensor]  # layer name -> z (r,); a layer that is not in it has z = 1
 # What a batch runs with: None for the base model (z = 1), one Expert, or a list, one for each row.
+# An adapter of PEFT has no z's, so it stays on in all of these cases.
 Experts = Expert | None | list[Expert | None]
 
 
@@ -160,7 +161,7 @@ def merge_svf(model: Model) -> Model:
 
 
 def get_expert(model: Model) -> Expert:
-    """A copy of the z's in use: those of an enclosing use_expert, otherwise the model's own."""
+    """A copy of the z's in use: the model's own, or those of a use_expert (a list's: (B, r))."""
     layers = svf_layers(model).items()
     return {name: layer.current_z().detach().clone() for name, layer in layers}
 
@@ -211,10 +212,7 @@ class Task:
 
 @dataclass
 class Hyperparameters:
-    """The settings of reinforce. batch_size, lr and max_grad_norm are the paper's (A.1).
-
-    In the authors' code z is a sigmoid of what trains. There the same lr moves z half as far.
-    """
+    """The settings of reinforce. batch_size, lr and max_grad_norm are the paper's (A.1)."""
 
     steps: int = 100  # updates of z
     batch_size: int = 256  # problems in an update, with one sampled answer each, or all choices
@@ -224,7 +222,7 @@ class Hyperparameters:
     baseline: bool = True  # subtract the mean of the other rewards; not with choices
     validate_every: int = 10  # steps; the z with the best accuracy is returned, at a tie the later
     validation_problems: int = 128
-    token_budget: int | None = None  # of a batch; a longer row runs alone. See BATCH_TOKENS
+    token_budget: int | None = None  # of a batch at most; a longer row runs alone
     checkpointing: bool = False  # less memory for activations, a third more time
     seed: int = 0  # decides which problems and answers are drawn
 
@@ -248,7 +246,7 @@ class Answer:
     reward: float = 0.0
     # Set by set_gradient and batch_loss:
     advantage: float = 0.0  # the reward, minus the baseline if there is one
-    weight: float = 0.0  # 1 / problems in the update; for a choice, times its probability
+    weight: float = 0.0  # 1 / number of problems; for a choice, times its probability
     log_prob: float = 0.0  # log π_W'(ŷ|x)
     ref_log_prob: float = 0.0  # log π_W(ŷ|x); at λ = 0 it is not computed, and equals log_prob
 
@@ -286,11 +284,10 @@ def reinforce(
     Trains whatever requires gradients, in eval mode: z after apply_svf, or a PEFT adapter. Returns
     the values with the best validation accuracy, and puts the starting values back.
     hyperparameters: fields of Hyperparameters. checkpoint: a file for the progress after each step;
-    if it exists, the run goes on from there. on_step: called with the figures of each step and one
-    answer to each problem, the sampled one or the likeliest choice, before the checkpoint is
-    written. Step 0 only validates and has no answers. Raises Transformer2Error for no problems,
-    nothing that requires gradients, a KL without a base model, checkpointing that the model does
-    not have, a call inside of use_expert, or a checkpoint that is damaged or of other settings.
+    if it exists, the run goes on from there. on_step: called before that with a step's figures and
+    one answer to each problem: the sampled one, or the likeliest choice. Raises Transformer2Error
+    for no problems, nothing that requires gradients, a KL without a base model, checkpointing that
+    the model does not have, a call inside of use_expert, or a damaged or foreign checkpoint.
     """
     hp = Hyperparameters(**hyperparameters)
     model.eval()  # dropout would change the policy
@@ -301,7 +298,7 @@ def reinforce(
         cut = f"cut to the {len(train_problems)} problems that task {task.name} has"
         print(f"note: the batch of {hp.batch_size} is {cut}", file=sys.stderr)
     held_out_problems = task.problems("validation")[: hp.validation_problems]
-    # Called for their checks only, before any work. The contexts that they return are not used.
+    # These raise an error if the model cannot do it. Nothing is switched on yet.
     checkpointing(model, hp.checkpointing)
     if hp.kl_coef > 0:
         reference_policy(model)
@@ -437,7 +434,7 @@ def batch_loss(
     advantages = log_probs.new_tensor([answer.advantage for answer in answers])
     loss = reinforce_loss(log_probs, ref_log_probs, advantages, hp.kl_coef, weights)
     if not loss.isfinite():
-        loss = loss * math.nan  # makes the gradient nan, so that descend skips the step
+        loss = loss * math.nan  # an infinite loss may have a finite gradient; descend skips nan
     # 4) For the figures of the step
     figures = zip(weights.tolist(), log_probs.tolist(), ref_log_probs.tolist())
     for answer, (weight, log_prob, ref_log_prob) in zip(answers, figures):
@@ -494,8 +491,7 @@ def evaluate(
 ) -> float:
     """Mean accuracy of greedy answers, or of the likeliest choices. A reward below 0 counts as 0.
 
-    expert: None for the base model, an Expert, or a list with one for each problem. Raises
-    Transformer2Error if there are no problems.
+    expert: as for use_expert. Raises Transformer2Error if there are no problems.
     """
     if not problems:
         raise Transformer2Error(f"task {task.name} has no problems to evaluate on")
@@ -516,7 +512,7 @@ def classify(
 ) -> list[str]:
     """Pass 1: the likeliest category of each conversation.
 
-    Strategy A (the prompt) without an expert, B with expert z^c, which is trained to classify.
+    Strategy A (the prompt) without an expert, B with z^c: an expert that is trained to classify.
     Raises Transformer2Error if categories are missing, repeated or empty.
     """
     names = {category.strip() for category in categories}
@@ -562,7 +558,6 @@ def mix(experts: list[Expert], alphas: torch.Tensor | np.ndarray) -> Expert:
     for expert, expert_alphas in zip(experts, alphas):
         for name, z in expert.items():
             # The layer's block is the first number in its name: 3 in model.layers.3.mlp.up_proj.
-            # A layer outside of the blocks takes the weight of the first.
             match = re.search(r"\.(\d+)\.", name)
             block = int(match[1]) if match and len(expert_alphas) > 1 else 0
             mixture[name] = mixture.get(name, 1.0) + expert_alphas[block] * (z.cpu() - 1)
@@ -585,8 +580,8 @@ def few_shot(
 
     Accuracy decides, and at a tie the mean log-likelihood of the right answers. α is (K, 1), or
     (K, blocks) if per_layer: a weight for each transformer block. A weight may be below 0 or above
-    1. population: candidates in each of the iterations. Raises Transformer2Error without problems,
-    experts, candidates or iterations.
+    1. population: candidates in each iteration; in the first at least K + 1. Raises
+    Transformer2Error without problems, experts, candidates or iterations.
     """
     check_seed(seed)
     if not problems or not experts or population < 1 or iterations < 1:
@@ -634,7 +629,7 @@ def cross_entropy_method(
     shape = first_candidates.shape[1:]
     mean = np.full(shape, 1 / shape[0])  # α = 1/K
     deviation = np.full(shape, 0.5)
-    num_elite = max(2, round(0.2 * population))
+    num_elite = max(2, round(0.2 * population))  # one alone would have no deviation
     best = []  # empty, then the one best (score, candidate)
     for iteration in tqdm(range(iterations), desc="CEM", leave=False, delay=3, disable=None):
         # 1) sample candidates around the mean
@@ -688,7 +683,7 @@ def run_on_copies(model, output, prompt_of, prompt_mask, tokens, mask) -> torch.
     output: what run_model gave for the prompts; its cache changes. prompt_of: the prompt of each
     row, (N,). prompt_mask, mask: the attention masks of the rows' prompts and tokens.
     """
-    cache_name = "cache" if "cache" in output else "past_key_values"  # depends on the version
+    cache_name = "cache" if "cache" in output else "past_key_values"  # as transformers names it
     cache = output[cache_name]
     cache.batch_select_indices(prompt_of)  # in place: row i becomes that of prompt prompt_of[i]
     inputs = {"input_ids": tokens, cache_name: cache}
@@ -753,32 +748,32 @@ def likeliest_choices(model, processor, task, problems, expert: Experts) -> list
 def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
     """The possible answers to a problem, not yet rewarded.
 
-    A space is put between a prefill and a choice that would touch. Raises Transformer2Error
-    if there are none, or one without tokens.
+    Raises Transformer2Error if there are none, or one without tokens.
     """
     texts = task.choices(problem) if callable(task.choices) else task.choices
     if not texts:
         question = problem.get("question")
         raise Transformer2Error(f"task {task.name} has no choices for the problem {question!r}")
     tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
-    if isinstance(prompt, str):
-        before, end = prompt + task.prefill, []  # no end token, as in benchmarks
-    else:
-        before, end = task.prefill, end_tokens(tokenizer, texts)
-    # A tokenizer may split a choice differently after a word. In a chat without a prefill there is
-    # no such word: the template comes first.
-    last_word = before.split(" ")[-1]
-    needs_space = task.prefill != "" and not task.prefill[-1].isspace()
+    is_chat = not isinstance(prompt, str)
+    # In plain text choices have no end token, as in benchmarks.
+    end = end_tokens(tokenizer, texts) if is_chat else []
+    # The text before a choice. In a chat without a prefill that is the template: no word of a text.
+    before = task.prefill if is_chat else prompt + task.prefill
     choices = []
     for text in texts:
-        following = text
-        if needs_space and not text[:1].isspace():
-            following = " " + text
-        tokens = continuation(tokenizer, last_word, following)
-        if not tokens:
+        following = with_space(task.prefill, text)
+        tokens = continuation(tokenizer, before.split(" ")[-1], following)
+        if not text or not tokens:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
         choices.append(Answer(tokens + end, text))
     return choices
+
+
+def with_space(prefill: str, text: str) -> str:
+    """The text, with a space before it if it would touch a prefill."""
+    would_touch = prefill != "" and not prefill[-1].isspace() and not text[:1].isspace()
+    return f" {text}" if would_touch else text
 
 
 def end_tokens(tokenizer, texts: list[str]) -> list[int]:
@@ -934,9 +929,10 @@ def folded(
     3. W' fits in memory beside the key-value cache, and
     4. the answers are greedy, or the model is in float32.
 
-    Otherwise they run as in training. About 4: a W' rounded to bfloat16 moves the
-    log-probability of a token by 0.04 (SmolLM2; in float32 by 4e-6). Sampled answers would come
-    from another policy than the one that is trained.
+    Otherwise they run as in training. It has to stand inside of use_expert, as W' is built from the
+    z's in use. About 4: a W' rounded to bfloat16 moves the log-probability of a token by 0.04
+    (SmolLM2; in float32 by 4e-6). Sampled answers would come from another policy than the one that
+    is trained.
     """
     one_expert = not isinstance(expert, list)
     rounding_is_harmless = temperature == 0 or model.dtype == torch.float32
@@ -1041,7 +1037,7 @@ def apply_chat_template(processor, conversations, prefill: str) -> dict:
         if sees_pictures(processor):
             message["content"] = content_parts(message["content"])
         elif not isinstance(message["content"], str):
-            raise ValueError("it has a list of parts, but the model reads plain text only")
+            raise ValueError("a message has parts, but the model reads plain text only")
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     options |= {"add_generation_prompt": not prefill, "continue_final_message": bool(prefill)}
     if sees_pictures(processor):
@@ -1133,15 +1129,14 @@ def next_batch(waiting, prompt_lengths, lengths, limit: float, context: int) -> 
 
 def most_tokens(model, kind: str) -> float:
     """How many tokens a batch may have, padding included. kind: a key of BATCH_TOKENS."""
-    # 1) What the caller allows (see token_budget), or what suits most machines
-    limit = getattr(model, "token_budget", BATCH_TOKENS[kind])
-    # 2) On a GPU generation may take as many as its key-value cache has room for.
-    memory = free_memory(model)
+    usual, room = BATCH_TOKENS[kind], math.inf
+    memory = free_memory(model)  # infinite without a GPU
     if kind == "generation" and memory < math.inf:
-        limit = min(getattr(model, "token_budget", math.inf), memory / cache_bytes(model))
-    # 3) What fits after a batch did not (see halve_batches)
-    fitting_tokens = getattr(model, "fitting_tokens", {})
-    return min(limit, fitting_tokens.get(kind, math.inf))
+        # As many as the memory has room for in the key-value cache
+        usual, room = math.inf, memory / cache_bytes(model)
+    budget = getattr(model, "token_budget", usual)  # what the caller allows: see token_budget
+    fitting_tokens = getattr(model, "fitting_tokens", {})  # see halve_batches
+    return min(budget, room, fitting_tokens.get(kind, math.inf))
 
 
 def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception) -> None:
@@ -1176,13 +1171,13 @@ def free_memory(model) -> float:
     device = model.device
     if device.type != "cuda":
         return math.inf
-    # torch has reserved it, but no tensor is in it
+    # What torch has reserved, but no tensor takes
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return 0.9 * (torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def cache_bytes(model) -> int:
-    """Bytes that a token takes in the key-value cache, if no layer has a sliding window."""
+    """Bytes that a token takes in the key-value cache; fewer where layers have a sliding window."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -1214,7 +1209,7 @@ TEXT_INPUTS = {"input_ids", "attention_mask", "cache", "past_key_values"}
 
 
 def has_pictures(inputs: dict) -> bool:
-    """True if the inputs hold more than text: pictures, or the token types of picture models."""
+    """True if there is more than text: pictures, or the token types that go with them."""
     return any(name not in TEXT_INPUTS for name in inputs)
 
 
@@ -1310,19 +1305,23 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
         if is_linear and not is_head and pattern.search(name):
             if module.weight.element_size() > 1:  # 1 byte: a quantised layer
                 layers[name] = module
-    # Some mixtures of experts keep all their matrices in one 3-D parameter, which is not a layer.
-    # Convolutions are 3-D, too.
-    in_3d = [name for name, weight in model.named_parameters() if weight.dim() == 3]
-    fused = [name for name in in_3d if "conv" not in name and pattern.search(name)]
-    if fused:
-        left_out = f"{len(fused)} fused weights of experts cannot be adapted, like {fused[0]}"
-        way_out += f". {left_out}"
+    fused = fused_weights(model, pattern)
+    if not layers and fused:
+        reason = f"targets {targets!r} match only fused mixture-of-experts weights"
+        raise Transformer2Error(f"{reason}, which cannot be adapted, like {fused[0]}: {way_out}")
     if not layers:
         reason = f"targets {targets!r} match no linear layer, or only quantised or adapted ones"
         raise Transformer2Error(f"{reason}: {way_out}")
     if fused:
-        print(f"note: {left_out}; adapted: {len(layers)}, like {[*layers][0]}", file=sys.stderr)
+        note = f"{len(fused)} fused mixture-of-experts weights cannot be adapted, like {fused[0]}"
+        print(f"note: {note}; adapted: {len(layers)}, like {[*layers][0]}", file=sys.stderr)
     return layers
+
+
+def fused_weights(model, pattern: re.Pattern) -> list[str]:
+    """Names of matching 3-D parameters: some mixtures of experts keep all their matrices in one."""
+    in_3d = [name for name, weight in model.named_parameters() if weight.dim() == 3]
+    return [name for name in in_3d if "conv" not in name and pattern.search(name)]
 
 
 def spread_over_rows(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -1382,7 +1381,10 @@ def check_shapes(shapes: dict, layers: dict[str, SVFLinear]) -> None:
 
 
 class Progress:
-    """The state of a training run, from which it can be resumed with the same result."""
+    """The state of a training run, from which it can be resumed with the same result.
+
+    Model and task have to be the same; only their names and shapes are compared.
+    """
 
     def __init__(self, model: Model, task: Task, hp: Hyperparameters):
         # What trains; after apply_svf: layer name -> z.
@@ -1466,27 +1468,27 @@ def draw_problems(problems: list[dict], count: int, seed: int) -> list[dict]:
 
 def set_advantages(answers: list[list[Answer]], use_baseline: bool) -> None:
     """Sets each answer's advantage: its reward, or leave_one_out_advantages with a baseline."""
-    batch = [answer for group in answers for answer in group]
-    advantages = torch.tensor([answer.reward for answer in batch])
+    all_answers = [answer for group in answers for answer in group]
+    advantages = torch.tensor([answer.reward for answer in all_answers])
     if use_baseline:
         advantages = leave_one_out_advantages(advantages)
-    for answer, advantage in zip(batch, advantages.tolist()):
+    for answer, advantage in zip(all_answers, advantages.tolist()):
         answer.advantage = advantage
 
 
 def step_stats(step, task, answers: list[list[Answer]], hp, rollout_seconds: float) -> StepStats:
     """The figures of a step that follow from its answers."""
     stats = StepStats(step, kl_coef=hp.kl_coef)
-    batch = [answer for group in answers for answer in group]
-    stats.reward = sum(answer.weight * answer.reward for answer in batch)
-    squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in batch)
+    all_answers = [answer for group in answers for answer in group]
+    stats.reward = sum(answer.weight * answer.reward for answer in all_answers)
+    squares = sum(answer.weight * (answer.reward - stats.reward) ** 2 for answer in all_answers)
     stats.reward_deviation = round(math.sqrt(squares), 6)  # exactly 0 where all are equal
     if hp.kl_coef > 0:
-        stats.kl = sum(a.weight * (a.log_prob - a.ref_log_prob) for a in batch)
+        stats.kl = sum(a.weight * (a.log_prob - a.ref_log_prob) for a in all_answers)
     if task.choices is None:
-        num_tokens = sum(len(answer.tokens) for answer in batch)
-        stats.mean_length = num_tokens / len(batch)
-        stats.cut_off = sum(answer.cut_off for answer in batch) / len(batch)
+        num_tokens = sum(len(answer.tokens) for answer in all_answers)
+        stats.mean_length = num_tokens / len(all_answers)
+        stats.cut_off = sum(answer.cut_off for answer in all_answers) / len(all_answers)
         stats.tokens_per_second = num_tokens / rollout_seconds
     return stats
 
