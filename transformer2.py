@@ -61,11 +61,11 @@ class Transformer2Error(ValueError):
 
 
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Splits W (m, n) into U (m, r), s (r,) and Vh (r, n) with W = U diag(s) Vh; r = min(m, n).
+    """Splits W (m, n) into U (m, r), s (r,) and Vh = Vᵀ (r, n): W = U diag(s) Vᵀ, r = min(m, n).
 
-    For a tall W, WᵀW = V diag(s²) Vᵀ, so its eigenvectors are V. Then W V = U diag(s): column i has
-    the length s_i and the direction u_i. A wide W is split through its transpose. (eigh is faster
-    than an SVD.) s descends, in float32; U and Vh have the weight's dtype.
+    For a tall W, WᵀW = V diag(s²) Vᵀ, so V are its eigenvectors, which are faster to find than an
+    SVD. Then W V = U diag(s): column i has the length s_i and the direction u_i. A wide W is split
+    through its transpose. s descends, in float32; U and Vh have the weight's dtype.
     """
     if weight.shape[0] < weight.shape[1]:  # wide: Wᵀ = V diag(s) Uᵀ is tall
         V, s, Uh = decompose(weight.T)
@@ -84,7 +84,7 @@ class SVFLinear(nn.Module):
     """y = U diag(s * z) Vᵀ x + b, in place of a linear layer. z (r,) is all that trains.
 
     In training W' is not built: x goes through Vᵀ, then s * z, then U. So the gradient of z needs r
-    saved numbers for each token, and never a matrix of W's size. x: (B, ..., in_features).
+    saved numbers for each token, and never a matrix of W's size. x: (..., in_features).
     """
 
     def __init__(self, linear: nn.Linear | Conv1D, cache_dir: str | Path | None = None):
@@ -161,13 +161,13 @@ def merge_svf(model: Model) -> Model:
 
 
 def get_expert(model: Model) -> Expert:
-    """A copy of the z's in use: the model's own, or those of a use_expert (a list's: (B, r))."""
+    """A copy of the z's in use: the model's own, or those of a use_expert ((B, r) for a list)."""
     layers = svf_layers(model).items()
     return {name: layer.current_z().detach().clone() for name, layer in layers}
 
 
 def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManager:
-    """`with use_expert(model, expert):` runs the model with these z's, then with its former ones.
+    """In a `with` block the model runs with these z's. Afterwards its former ones are back.
 
     expert: None for the base model (z = 1), an Expert, or a list of these, one for each row of the
     batch. Raises Transformer2Error for an expert that does not fit the model.
@@ -187,7 +187,7 @@ def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManag
 #     ∇KL = E[ ∇ log π_W' · log(π_W' / π_W) ] + E[ ∇ log π_W' ].
 # The last term is the sum over all ŷ of ∇π_W'(ŷ), which is ∇1 = 0. So
 #     ∇J = E[ ∇ log π_W'(ŷ|x) · ( r(ŷ, y) - λ log( π_W'(ŷ|x) / π_W(ŷ|x) ) ) ].
-# This is also the gradient of E[r] - λ KL. One sampled answer to each problem estimates it: see
+# It is the exact gradient of E[r] - λ KL. One sampled answer to each problem estimates it: see
 # reinforce_loss below.
 
 
@@ -216,13 +216,13 @@ class Hyperparameters:
 
     steps: int = 100  # updates of z
     batch_size: int = 256  # problems in an update, with one sampled answer each, or all choices
-    lr: float = 2e-3  # AdamW's learning rate, which falls towards 0 along a cosine
+    lr: float = 2e-3  # AdamW's, on a falling cosine; the authors' z, a sigmoid, moves half as far
     kl_coef: float = 0.0  # λ; the paper picks 0, 0.1, 0.2 or 0.3 on validation problems
     max_grad_norm: float = 1e-3  # a longer gradient, of all z's together, is scaled down to it
-    baseline: bool = True  # subtract the mean of the other rewards; not with choices
+    baseline: bool = True  # subtract the others' mean reward (not in the paper); not with choices
     validate_every: int = 10  # steps; the z with the best accuracy is returned, at a tie the later
     validation_problems: int = 128
-    token_budget: int | None = None  # of a batch at most; a longer row runs alone
+    token_budget: int | None = None  # most tokens in a batch; a longer row runs alone
     checkpointing: bool = False  # less memory for activations, a third more time
     seed: int = 0  # decides which problems and answers are drawn
 
@@ -244,7 +244,7 @@ class Answer:
     cut_off: bool = False  # it ended at the token limit
     problem: dict | None = None  # set by update, for on_step
     reward: float = 0.0
-    # Set by set_gradient and batch_loss:
+    # Set by set_gradient:
     advantage: float = 0.0  # the reward, minus the baseline if there is one
     weight: float = 0.0  # 1 / number of problems; for a choice, times its probability
     log_prob: float = 0.0  # log π_W'(ŷ|x)
@@ -258,7 +258,7 @@ class StepStats:
     step: int = 0
     reward: float | None = None  # the mean over the problems; with choices, of the expected reward
     reward_deviation: float | None = None  # standard deviation; 0: all rewards are equal
-    kl: float | None = None  # KL(π_W' ‖ π_W), estimated unless there are choices
+    kl: float | None = None  # KL(π_W' ‖ π_W), estimated unless there are choices; None at λ = 0
     kl_coef: float | None = None  # λ
     grad_norm: float | None = None  # before clipping
     skipped: bool = False  # gradient or loss was not finite: the step changed nothing
@@ -284,10 +284,10 @@ def reinforce(
     Trains whatever requires gradients, in eval mode: z after apply_svf, or a PEFT adapter. Returns
     the values with the best validation accuracy, and puts the starting values back.
     hyperparameters: fields of Hyperparameters. checkpoint: a file for the progress after each step;
-    if it exists, the run goes on from there. on_step: called before that with a step's figures and
-    one answer to each problem: the sampled one, or the likeliest choice. Raises Transformer2Error
-    for no problems, nothing that requires gradients, a KL without a base model, checkpointing that
-    the model does not have, a call inside of use_expert, or a damaged or foreign checkpoint.
+    if it exists, the run goes on from there. on_step: called before the file is written, with the
+    step's figures and one answer to each problem: the sampled one, or the likeliest choice. Raises
+    Transformer2Error for no problems, nothing that requires gradients, a KL without a base model,
+    checkpointing that the model does not have, a call inside of use_expert, or a bad checkpoint.
     """
     hp = Hyperparameters(**hyperparameters)
     model.eval()  # dropout would change the policy
@@ -298,7 +298,7 @@ def reinforce(
         cut = f"cut to the {len(train_problems)} problems that task {task.name} has"
         print(f"note: the batch of {hp.batch_size} is {cut}", file=sys.stderr)
     held_out_problems = task.problems("validation")[: hp.validation_problems]
-    # These raise an error if the model cannot do it. Nothing is switched on yet.
+    # Called for their errors only: without `with` they change nothing.
     checkpointing(model, hp.checkpointing)
     if hp.kl_coef > 0:
         reference_policy(model)
@@ -343,7 +343,7 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
             for choice in choices:
                 choice.reward = float(task.reward(choice.text, problem))
     rollout_seconds = time.time() - start_time
-    # 3) Set z.grad to the gradient of -J.
+    # 3) Set z.grad to the gradient of -J. This fills in the answers' figures.
     answers = set_gradient(model, processor, task, problems, answers, hp)
     # 4) A step of AdamW, with a clipped gradient and a learning rate that falls along a cosine.
     stats = step_stats(step, task, answers, hp, rollout_seconds)
@@ -364,7 +364,7 @@ def rollout(model, processor, task, problems, expert, temperature, seed) -> list
         answers = generate_answers(model, processor, prompts, expert, *sampling)
     else:
         answers = likeliest_choices(model, processor, task, problems, expert)
-    # Several processes share the rewards, too: a program takes long to test.
+    # Several processes also share this work: a program takes long to test.
     rewards = {}
     for row in my_share(range(len(problems))):
         rewards[row] = float(task.reward(answers[row].text, problems[row]))
@@ -394,8 +394,8 @@ def set_gradient(model, processor, task, problems, answers: list[list[Answer]], 
         batch = [answers[row] for row in rows]
         with checkpointing(model, hp.checkpointing):
             loss = batch_loss(model, task, inputs, batch, len(problems), hp)
-            # All of this batch's gradient, or nothing if memory runs out. backward() could leave a
-            # part of it in z.grad, which would count twice when the batch is run again.
+            # If memory runs out, this gives nothing, and the batch is run again. backward() could
+            # leave a part of the gradient in z.grad, which would then count twice.
             gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         for total, gradient in zip(sums, gradients):
             total += gradient
@@ -512,7 +512,7 @@ def classify(
 ) -> list[str]:
     """Pass 1: the likeliest category of each conversation.
 
-    Strategy A (the prompt) without an expert, B with z^c: an expert that is trained to classify.
+    Without an expert this is strategy A (the prompt); with z^c, trained to classify, strategy B.
     Raises Transformer2Error if categories are missing, repeated or empty.
     """
     names = {category.strip() for category in categories}
@@ -580,7 +580,7 @@ def few_shot(
 
     Accuracy decides, and at a tie the mean log-likelihood of the right answers. α is (K, 1), or
     (K, blocks) if per_layer: a weight for each transformer block. A weight may be below 0 or above
-    1. population: candidates in each iteration; in the first at least K + 1. Raises
+    1. population: candidates in each iteration (the first has K + 1 or more). Raises
     Transformer2Error without problems, experts, candidates or iterations.
     """
     check_seed(seed)
@@ -689,9 +689,13 @@ def run_on_copies(model, output, prompt_of, prompt_mask, tokens, mask) -> torch.
     inputs = {"input_ids": tokens, cache_name: cache}
     # The mask covers the cached tokens, too.
     inputs["attention_mask"] = torch.cat([prompt_mask, mask], dim=1)
-    # Where each prompt has its own z, copy that, too.
-    layers = [layer for layer in svf_layers(model).values() if layer.current_z().dim() > 1]
-    with changed([(layer, "active_z", layer.current_z()[prompt_of]) for layer in layers]):
+    # Where each prompt has its own z, (B, r), copy that, too: (N, r).
+    copies = []
+    for layer in svf_layers(model).values():
+        z = layer.current_z()
+        if z.dim() > 1:
+            copies.append((layer, "active_z", z[prompt_of]))
+    with changed(copies):
         return run_model(model, inputs, use_cache=True).logits
 
 
@@ -699,7 +703,7 @@ def whole_choice_log_probs(model, inputs: dict, choices: list) -> list[torch.Ten
     """choice_log_probs without a cache: run c takes every prompt followed by its choice c."""
     columns = []
     for c in range(max(len(own_choices) for own_choices in choices)):
-        # A prompt that has fewer repeats its last one. The copy is dropped below.
+        # A prompt with fewer choices repeats its last one. The repetition is dropped below.
         completions = [own_choices[min(c, len(own_choices) - 1)] for own_choices in choices]
         columns.append(completion_log_probs(model, inputs, completions))
     log_probs = torch.stack(columns, dim=1)  # (B, most choices)
@@ -748,22 +752,23 @@ def likeliest_choices(model, processor, task, problems, expert: Experts) -> list
 def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
     """The possible answers to a problem, not yet rewarded.
 
-    Raises Transformer2Error if there are none, or one without tokens.
+    The text before a choice decides how it is split into tokens. Raises Transformer2Error if there
+    are no choices, or if one has no tokens.
     """
     texts = task.choices(problem) if callable(task.choices) else task.choices
     if not texts:
         question = problem.get("question")
         raise Transformer2Error(f"task {task.name} has no choices for the problem {question!r}")
     tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
-    is_chat = not isinstance(prompt, str)
-    # In plain text choices have no end token, as in benchmarks.
-    end = end_tokens(tokenizer, texts) if is_chat else []
-    # The text before a choice. In a chat without a prefill that is the template: no word of a text.
-    before = task.prefill if is_chat else prompt + task.prefill
+    if isinstance(prompt, str):
+        before = prompt + task.prefill
+        end = []  # as benchmarks score plain text
+    else:
+        before = task.prefill  # a text hardly ever merges with the end of a chat template
+        end = end_tokens(tokenizer, texts)
     choices = []
     for text in texts:
-        following = with_space(task.prefill, text)
-        tokens = continuation(tokenizer, before.split(" ")[-1], following)
+        tokens = continuation(tokenizer, before, with_space(task.prefill, text))
         if not text or not tokens:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
         choices.append(Answer(tokens + end, text))
@@ -788,15 +793,15 @@ def end_tokens(tokenizer, texts: list[str]) -> list[int]:
 
 
 @lru_cache(maxsize=10_000)  # a search asks for the same choices again and again
-def continuation(tokenizer, last_word: str, text: str) -> list[int]:
-    """Token ids of a text that follows a word.
+def continuation(tokenizer, before: str, text: str) -> list[int]:
+    """Token ids of a text that follows another one.
 
-    A tokenizer often splits a text differently on its own than after a word. So word and text are
-    tokenized together, and the word's tokens are cut off. If the last of them has merged with the
-    text, the text is tokenized alone.
+    A tokenizer often splits a text differently on its own than after another. So both are tokenized
+    together, and the tokens of the first are cut off. If the two have merged where they meet, the
+    second is tokenized alone.
     """
-    start = tokenizer(last_word, add_special_tokens=False)["input_ids"]
-    joint = tokenizer(last_word + text, add_special_tokens=False)["input_ids"]
+    start = tokenizer(before, add_special_tokens=False)["input_ids"]
+    joint = tokenizer(before + text, add_special_tokens=False)["input_ids"]
     if joint[: len(start)] == start:
         return joint[len(start) :]
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -900,7 +905,7 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, device: torch.device, seed: int, rows: list[int], temperature: float):
         self.rows, self.temperature = rows, temperature
-        # A row's noise must depend on its number only, not on its batch. The simplest is a
+        # A row's noise must depend on its number only, not on its batch. The simplest way is a
         # generator for each row. On a GPU that is many slow calls, so there 256 rows share one,
         # which always draws for all 256.
         self.group_size = NOISE_GROUPS.get(device.type, 1)
@@ -910,11 +915,13 @@ class RowSampler(LogitsProcessor):
             self.generators[group] = torch.Generator(device).manual_seed(group_seed)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        groups = {}  # number of a group -> the noise of all its rows
+        noise_of_group = {}
         for group, generator in self.generators.items():
-            group_noise = torch.empty(self.group_size, scores.shape[1], device=scores.device)
-            groups[group] = group_noise.exponential_(generator=generator)
-        noise = [groups[row // self.group_size][row % self.group_size] for row in self.rows]
+            noise = torch.empty(self.group_size, scores.shape[1], device=scores.device)
+            noise_of_group[group] = noise.exponential_(generator=generator)
+        noise = []  # of each row of this batch
+        for row in self.rows:
+            noise.append(noise_of_group[row // self.group_size][row % self.group_size])
         noise = torch.stack(noise).clamp(min=2**-24)  # (B, V); some devices draw an exact 0
         return scores.float() / self.temperature - noise.log()
 
@@ -922,27 +929,26 @@ class RowSampler(LogitsProcessor):
 def folded(
     model, expert: Experts, temperature: float, inputs: dict, new_tokens: int
 ) -> contextlib.AbstractContextManager:
-    """In this `with` block the layers run with W', built once, if that is faster and harmless:
+    """In this `with` block the layers run with W', built once, if all of this is true:
 
     1. all rows have the same expert,
-    2. there may be 64 new tokens or more (building W' takes as long as it saves in about 60),
+    2. there may be 64 new tokens or more (building W' takes the time that about 60 save),
     3. W' fits in memory beside the key-value cache, and
     4. the answers are greedy, or the model is in float32.
 
-    Otherwise they run as in training. It has to stand inside of use_expert, as W' is built from the
-    z's in use. About 4: a W' rounded to bfloat16 moves the log-probability of a token by 0.04
-    (SmolLM2; in float32 by 4e-6). Sampled answers would come from another policy than the one that
-    is trained.
+    Otherwise they run as in training. Call it inside of use_expert: W' is built from the z's in
+    use. About 4: a W' rounded to bfloat16 moves the log-probability of a token by 0.04 (SmolLM2; in
+    float32 by 4e-6). Sampled answers would come from another policy than the one that is trained.
     """
-    one_expert = not isinstance(expert, list)
-    rounding_is_harmless = temperature == 0 or model.dtype == torch.float32
     layers = svf_layers(model).values()
+    one_expert = not isinstance(expert, list)
     dense_numbers = sum(layer.out_features * layer.in_features for layer in layers)
     rows, prompt_length = inputs["input_ids"].shape
     cache = rows * (prompt_length + new_tokens) * cache_bytes(model)
     fits = dense_numbers * model.dtype.itemsize + cache <= free_memory(model)
+    rounding_is_harmless = temperature == 0 or model.dtype == torch.float32
     changes = []
-    if one_expert and rounding_is_harmless and fits and new_tokens >= 64:
+    if one_expert and new_tokens >= 64 and fits and rounding_is_harmless:
         with contextlib.suppress(torch.OutOfMemoryError):  # then it goes on with the factors
             changes = [(layer, "folded_weight", layer.weight) for layer in layers]
     return changed(changes)
@@ -1078,13 +1084,16 @@ def run_in_batches(
     for start in range(0, len(conversations), 256):
         inputs = encode(model, processor, conversations[start : start + 256], prefill)
         prompt_lengths += inputs["attention_mask"].sum(1).tolist()
-    # 2) The longest first, so that the rows of a batch have similar lengths.
+    # 2) The longest first, so that the rows of a batch have similar lengths. All have to fit in the
+    #    context, but for generation, which stops there.
     totals = [prompt_length + max(own) for prompt_length, own in zip(prompt_lengths, lengths)]
     longest_first = sorted(range(len(totals)), key=lambda row: totals[row], reverse=True)
     waiting = my_share(longest_first)  # row numbers
-    most, context = max(totals, default=0), context_length(model)
-    if kind != "generation" and most > context:
-        reason = f"a prompt and its answer have {most} tokens, but the model's context is {context}"
+    longest, context = max(totals, default=0), context_length(model)
+    if kind != "generation" and longest > context:
+        reason = (
+            f"a prompt and its answer have {longest} tokens, but the model's context is {context}"
+        )
         raise Transformer2Error(f"{reason}: shorten one of them")
 
     results = {}
@@ -1129,14 +1138,18 @@ def next_batch(waiting, prompt_lengths, lengths, limit: float, context: int) -> 
 
 def most_tokens(model, kind: str) -> float:
     """How many tokens a batch may have, padding included. kind: a key of BATCH_TOKENS."""
-    usual, room = BATCH_TOKENS[kind], math.inf
-    memory = free_memory(model)  # infinite without a GPU
-    if kind == "generation" and memory < math.inf:
-        # As many as the memory has room for in the key-value cache
-        usual, room = math.inf, memory / cache_bytes(model)
-    budget = getattr(model, "token_budget", usual)  # what the caller allows: see token_budget
+    memory = free_memory(model)
+    budget = getattr(model, "token_budget", None)  # see token_budget
+    if kind == "generation" and memory < math.inf:  # on a GPU the key-value cache has to fit
+        limit = memory / cache_bytes(model)
+        if budget is not None:
+            limit = min(limit, budget)
+    elif budget is not None:
+        limit = budget
+    else:
+        limit = BATCH_TOKENS[kind]
     fitting_tokens = getattr(model, "fitting_tokens", {})  # see halve_batches
-    return min(budget, room, fitting_tokens.get(kind, math.inf))
+    return min(limit, fitting_tokens.get(kind, math.inf))
 
 
 def halve_batches(model, kind: str, num_rows: int, tokens: int, error: Exception) -> None:
@@ -1177,7 +1190,7 @@ def free_memory(model) -> float:
 
 
 def cache_bytes(model) -> int:
-    """Bytes that a token takes in the key-value cache; fewer where layers have a sliding window."""
+    """Bytes of a token in the key-value cache: an upper bound where windows slide."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -1296,7 +1309,7 @@ def matching_layers(model, targets: str) -> dict[str, nn.Linear | Conv1D]:
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
     except re.error as error:
-        reason = f"targets {targets!r} match no layer: it is not a valid regular expression"
+        reason = f"targets {targets!r} match no layer: they are not a valid regular expression"
         raise Transformer2Error(f"{reason}: {way_out}") from error
     layers = {}
     for name, module in model.named_modules():
@@ -1412,6 +1425,7 @@ class Progress:
 
     @torch.no_grad()
     def set_values(self, values: Expert) -> None:
+        """Puts values into the model."""
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 
@@ -1421,6 +1435,7 @@ class Progress:
         self.optimizer.zero_grad()
 
     def save(self, path: str | Path) -> None:
+        """Writes all that load needs. Raises Transformer2Error if it cannot be written."""
         state = {"settings": self.settings, "next_step": self.next_step, "values": self.values()}
         state |= {"best": self.best, "best_score": self.best_score}
         state["optimizer"] = self.optimizer.state_dict()
@@ -1572,7 +1587,7 @@ def load_expert(path: str | Path, model: Model | None = None) -> Expert:
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
                 check_shapes(shapes, svf_layers(model))
                 # An expert would also fit a deeper model, in its first blocks. So our scripts save
-                # the number of blocks.
+                # the number of blocks. (Older files hold it as text.)
                 blocks = model.config.get_text_config().num_hidden_layers
                 if str(facts.get("blocks", blocks)) != str(blocks):
                     raise ValueError(
