@@ -63,8 +63,8 @@ class Transformer2Error(ValueError):
 def decompose(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits W (m, n) into U (m, r), s (r,) and Vh = Vᵀ (r, n): W = U diag(s) Vᵀ, r = min(m, n).
 
-    For a tall W, WᵀW = V diag(s²) Vᵀ, so V are its eigenvectors, which are faster to find than an
-    SVD. Then W V = U diag(s): column i has the length s_i and the direction u_i. A wide W is split
+    For a tall W, WᵀW = V diag(s²) Vᵀ, so the columns of V are its eigenvectors (faster than an
+    SVD). Then W V = U diag(s): column i has the length s_i and the direction u_i. A wide W is split
     through its transpose. s descends, in float32; U and Vh have the weight's dtype.
     """
     if weight.shape[0] < weight.shape[1]:  # wide: Wᵀ = V diag(s) Uᵀ is tall
@@ -182,8 +182,8 @@ def use_expert(model: Model, expert: Experts) -> contextlib.AbstractContextManag
 # Eq. 1 is     J(z) = E[ log π_W'(ŷ|x) r(ŷ, y) ] - λ KL( π_W' ‖ π_W ),   ŷ drawn from π_W'( · | x).
 #
 # In the first term REINFORCE differentiates only log π_W', at the drawn ŷ. The KL is the mean of
-# log(π_W' / π_W) over ŷ from π_W'. So z enters it twice, in the probabilities of the ŷ and in the
-# logarithm, and its gradient is a sum:
+# log(π_W' / π_W) over ŷ from π_W'. So z enters the KL twice, in the probabilities of the ŷ and in
+# the logarithm, and its gradient is a sum:
 #     ∇KL = E[ ∇ log π_W' · log(π_W' / π_W) ] + E[ ∇ log π_W' ].
 # The last term is the sum over all ŷ of ∇π_W'(ŷ), which is ∇1 = 0. So
 #     ∇J = E[ ∇ log π_W'(ŷ|x) · ( r(ŷ, y) - λ log( π_W'(ŷ|x) / π_W(ŷ|x) ) ) ].
@@ -285,7 +285,7 @@ def reinforce(
     the values with the best validation accuracy, and puts the starting values back.
     hyperparameters: fields of Hyperparameters. checkpoint: a file for the progress after each step;
     if it exists, the run goes on from there. on_step: called before the file is written, with the
-    step's figures and one answer to each problem: the sampled one, or the likeliest choice. Raises
+    step's figures and one answer to each problem: the sampled one or the likeliest choice. Raises
     Transformer2Error for no problems, nothing that requires gradients, a KL without a base model,
     checkpointing that the model does not have, a call inside of use_expert, or a bad checkpoint.
     """
@@ -343,7 +343,7 @@ def update(model, processor, task, train_problems, progress, hp, step) -> tuple[
             for choice in choices:
                 choice.reward = float(task.reward(choice.text, problem))
     rollout_seconds = time.time() - start_time
-    # 3) Set z.grad to the gradient of -J. This fills in the answers' figures.
+    # 3) Set z.grad to the gradient of -J. This fills in the answers' log-probabilities.
     answers = set_gradient(model, processor, task, problems, answers, hp)
     # 4) A step of AdamW, with a clipped gradient and a learning rate that falls along a cosine.
     stats = step_stats(step, task, answers, hp, rollout_seconds)
@@ -683,7 +683,7 @@ def run_on_copies(model, output, prompt_of, prompt_mask, tokens, mask) -> torch.
     output: what run_model gave for the prompts; its cache changes. prompt_of: the prompt of each
     row, (N,). prompt_mask, mask: the attention masks of the rows' prompts and tokens.
     """
-    cache_name = "cache" if "cache" in output else "past_key_values"  # as transformers names it
+    cache_name = "cache" if "cache" in output else "past_key_values"  # before transformers 5.24
     cache = output[cache_name]
     cache.batch_select_indices(prompt_of)  # in place: row i becomes that of prompt prompt_of[i]
     inputs = {"input_ids": tokens, cache_name: cache}
@@ -762,7 +762,7 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
     tokenizer, prompt = prepared_tokenizer(processor), task.conversation(problem)
     if isinstance(prompt, str):
         before = prompt + task.prefill
-        end = []  # as benchmarks score plain text
+        end = []  # benchmarks score plain text without an end token
     else:
         before = task.prefill  # a text hardly ever merges with the end of a chat template
         end = end_tokens(tokenizer, texts)
@@ -937,8 +937,9 @@ def folded(
     4. the answers are greedy, or the model is in float32.
 
     Otherwise they run as in training. Call it inside of use_expert: W' is built from the z's in
-    use. About 4: a W' rounded to bfloat16 moves the log-probability of a token by 0.04 (SmolLM2; in
-    float32 by 4e-6). Sampled answers would come from another policy than the one that is trained.
+    use. The reason for 4: a W' rounded to bfloat16 moves the log-probability of a token by 0.04
+    (SmolLM2; in float32 by 4e-6), so sampled answers would come from another policy than the one
+    that is trained.
     """
     layers = svf_layers(model).values()
     one_expert = not isinstance(expert, list)
@@ -1084,8 +1085,8 @@ def run_in_batches(
     for start in range(0, len(conversations), 256):
         inputs = encode(model, processor, conversations[start : start + 256], prefill)
         prompt_lengths += inputs["attention_mask"].sum(1).tolist()
-    # 2) The longest first, so that the rows of a batch have similar lengths. All have to fit in the
-    #    context, but for generation, which stops there.
+    # 2) The longest first, so that the rows of a batch have similar lengths. Prompt and
+    #    answer must fit in the context, except in generation, which stops at its end.
     totals = [prompt_length + max(own) for prompt_length, own in zip(prompt_lengths, lengths)]
     longest_first = sorted(range(len(totals)), key=lambda row: totals[row], reverse=True)
     waiting = my_share(longest_first)  # row numbers
@@ -1237,7 +1238,8 @@ def run_model(model, inputs: dict, logits_to_keep: int = 0, use_cache: bool = Fa
     # model makes the positions itself.
     if "position_ids" in accepted and not has_pictures(inputs):
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        options["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
+        num_new = inputs["input_ids"].shape[1]
+        options["position_ids"] = positions[:, -num_new:]
     return model(**inputs, **options)
 
 
