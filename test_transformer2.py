@@ -2125,6 +2125,16 @@ def test_a_rollout_takes_as_few_decoding_steps_as_its_cache_allows(
     assert max(group_sizes) == min(256, free_memory // (712 * bytes_per_token))
 
 
+@pytest.mark.parametrize(("budget", "most"), [(None, 100), (10**6, 100), (60, 60)])
+def test_a_token_budget_lowers_the_bound_of_a_gpus_memory_and_never_lifts_it(
+    budget, most, monkeypatch
+):
+    model = make()
+    monkeypatch.setattr(t2, "free_memory", lambda model: 100 * t2.cache_bytes(model))
+    with t2.token_budget(model, budget):
+        assert t2.most_tokens(model, "generation") == most
+
+
 @contextlib.contextmanager
 def layers_watched(model: nn.Module) -> Iterator[set[str]]:
     """Gives the ways in which the layers run in this `with` block: folded, factored."""
