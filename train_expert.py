@@ -304,7 +304,8 @@ def guarded(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError:
         message, code = "error: the GPU's memory is full: take a smaller model", 2
     except KeyboardInterrupt:
-        message, code = "\nstopped; train_expert.py goes on from the last step with --resume", 130
+        way_on = "train_expert.py with --resume, claims.py with the same command"
+        message, code = f"\nstopped; these go on from what is done: {way_on}", 130
     print(message, file=sys.stderr)
     sys.exit(code)
 

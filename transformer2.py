@@ -769,7 +769,7 @@ def choices_of(processor, task: Task, problem: dict) -> list[Answer]:
     choices = []
     for text in texts:
         tokens = continuation(tokenizer, before, with_space(task.prefill, text))
-        if not text or not tokens:
+        if not text.strip() or not tokens:
             raise Transformer2Error(f"the choice {text!r} of task {task.name} gives no tokens")
         choices.append(Answer(tokens + end, text))
     return choices

@@ -117,11 +117,10 @@ def solution_tokens(processor: t2.Processor, task: t2.Task, problem: dict) -> li
     """
     text = problem.get("solution", problem["answer"])
     [solution] = t2.choices_of(processor, replace(task, choices=[text]), problem)
-    tokens = list(solution.tokens)
-    tokenizer = t2.prepared_tokenizer(processor)
-    if task.choices is None and tokenizer.eos_token_id is not None:
-        tokens.append(tokenizer.eos_token_id)
-    return tokens
+    end = t2.prepared_tokenizer(processor).eos_token_id
+    if task.choices is None and end is not None:
+        solution.tokens.append(end)
+    return solution.tokens
 
 
 OBJECTIVES: dict[str, Callable[..., t2.Expert]] = {
@@ -368,7 +367,8 @@ class Results:
         self.path, self.about, self.records = path, about, []
         if path.exists():
             self.load()
-        self.save()  # before anything is measured
+        else:
+            self.save()  # before anything is measured
 
     def load(self) -> None:
         way_out = "delete it, or give another --out"

@@ -7,7 +7,6 @@
 A claim prints a table, and writes every single run to experiments/results/CLAIM-MODEL.json as soon
 as it is done (with --quick to a temporary folder). The same command with the same --out goes on
 after the last finished run. Three claims of the tiny model also get a drawing beside that file.
-Tables go to stdout, the steps of training to stderr.
 """
 
 import argparse
@@ -49,8 +48,8 @@ def main() -> None:
     lab = Lab(args)
     names = list(CLAIMS) if args.claim == "all" else [args.claim]
     for name in names:
-        if args.claim == "all" and name == "transfer" and lab.name != "tiny":
-            print(f"\n{name} is left out: it pretrains its base models, so it needs --model tiny")
+        if args.claim == "all" and name in TINY_ONLY and lab.name != "tiny":
+            print(f"\n{name} is left out: it needs --model tiny")
             continue
         start_time = time.time()
         records = measure_claim(name, lab)
@@ -73,8 +72,7 @@ def read_arguments() -> argparse.Namespace:
     if args.quick:
         args.seeds = args.seeds[:1]
     if args.out is None:
-        results = Path(__file__).parent / "results"
-        args.out = Path(tempfile.mkdtemp()) if args.quick else results
+        args.out = Path(tempfile.mkdtemp()) if args.quick else Path(__file__).parent / "results"
     for seed in args.seeds:
         t2.check_seed(seed)
     return args
@@ -82,6 +80,10 @@ def read_arguments() -> argparse.Namespace:
 
 def measure_claim(name: str, lab: Lab) -> list[dict]:
     """The records of all runs of a claim. Each is written to the claim's file when it is done."""
+    if name in TINY_ONLY and lab.name != "tiny":
+        raise t2.Transformer2Error(f"{name} needs base models or tasks of ours: give --model tiny")
+    if name == "methods":
+        baselines.import_peft()
     about = {"claim": name, "model": lab.name, "seeds": lab.seeds, "settings": lab.all_settings()}
     about |= about_this_run()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -186,7 +188,6 @@ def methods(lab: Lab) -> Runs:
 
     Each pair has the learning rate that is best on validation problems, in short runs.
     """
-    baselines.import_peft()  # before the first run
     steps = t2.Hyperparameters(**lab.task(lab.suite.trained[0]).hyper).steps
     yield score_untrained, {"method": "none"}
     for method, objective in product(lab.settings.methods, OBJECTIVES):
@@ -246,8 +247,6 @@ def score_tasks(lab: Lab, model: nn.Module, expert: t2.Experts) -> Figures:
 
 def transfer(lab: Lab) -> Runs:
     """Table 5: the experts of one base model in another one of the same shapes."""
-    if lab.name != "tiny":
-        raise t2.Transformer2Error("transfer pretrains its base models: give --model tiny")
     for pair, task, seed in product(lab.settings.pairs, lab.suite.trained, lab.seeds):
         yield score_transfer, {"pair": pair, "task": task, "seed": seed}
 
@@ -385,6 +384,7 @@ def summary(values: list) -> str:
     return f"{mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
+TINY_ONLY = ["compose", "transfer"]  # several trained tasks, several base models
 CLAIMS: dict[str, Callable[[Lab], Runs]] = {
     "strategies": strategies,
     "compose": compose,

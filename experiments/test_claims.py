@@ -235,8 +235,9 @@ def test_a_finished_claim_has_its_picture_beside_its_file(lab, monkeypatch, clai
             yield measure, record["run"]
 
     monkeypatch.setitem(claims.CLAIMS, claim, runs)
+    lab.name = "tiny"
     claims.measure_claim(claim, lab)
-    drawing = (lab.out / f"{claim}-MODEL.svg").read_text(encoding="utf-8")
+    drawing = (lab.out / f"{claim}-tiny.svg").read_text(encoding="utf-8")
     assert drawing == pictures.PICTURES[claim](records)
 
 
@@ -266,7 +267,7 @@ def test_the_command_line_refuses_an_unwritable_folder(tmp_path, monkeypatch, ca
     assert Path(command[-1]).name in error
 
 
-def test_all_leaves_out_transfer_where_the_model_is_not_the_built_in_one(monkeypatch, capsys):
+def test_all_leaves_out_what_only_the_built_in_model_has(monkeypatch, capsys):
     measured = []
 
     def measure_claim(name: str, lab: baselines.Lab) -> list[dict]:
@@ -277,10 +278,31 @@ def test_all_leaves_out_transfer_where_the_model_is_not_the_built_in_one(monkeyp
     monkeypatch.setattr(train_expert, "load_model", lambda name: (make(), TOKENIZER))
     monkeypatch.setattr(sys, "argv", ["claims.py", "all", "--model", "REAL", "--quick"])
     claims.main()
-    assert measured == [name for name in claims.CLAIMS if name != "transfer"]
-    assert "\ntransfer is left out: " in capsys.readouterr().out
+    assert measured == [name for name in claims.CLAIMS if name not in ("transfer", "compose")]
+    output = capsys.readouterr().out
+    assert "\ntransfer is left out: " in output
+    assert "\ncompose is left out: " in output
 
 
-def test_transfer_by_its_name_refuses_a_model_that_is_not_the_built_in_one(lab):
-    with pytest.raises(t2.Transformer2Error, match="transfer .*: give --model tiny"):
-        claims.measure_claim("transfer", lab)
+@pytest.mark.parametrize("name", ["transfer", "compose"])
+def test_a_claim_about_the_built_in_model_refuses_another_and_writes_nothing(name, lab):
+    with pytest.raises(t2.Transformer2Error, match=f"{name} .*: give --model tiny"):
+        claims.measure_claim(name, lab)
+    assert not list(lab.out.glob("*.json"))
+
+
+def test_methods_without_peft_writes_nothing(lab, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(t2.Transformer2Error, match="pip install -r experiments/requirements.txt"):
+        claims.measure_claim("methods", lab)
+    assert not list(lab.out.glob("*.json"))
+
+
+def test_a_finished_file_stays_as_it_is_until_another_run_is_added(tmp_path):
+    path = tmp_path / "claim.json"
+    first = baselines.Results(path, {"settings": {}, "seeds": [0, 1], "commit": "a"})
+    first.add({"seed": 0}, {"test": 1.0}, seconds=1.0)
+    before = path.read_bytes()
+    again = baselines.Results(path, {"settings": {}, "seeds": [0], "commit": "b"})
+    assert again.find({"seed": 0})["commit"] == "a"
+    assert path.read_bytes() == before

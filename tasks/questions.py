@@ -268,6 +268,8 @@ def arc_scored(config: str) -> Task:
         for problem in found:
             if len(problem["choices"]["text"]) < 2:
                 raise Transformer2Error(f"{config}: {problem['question']!r} has only one option")
+            if not all(text.strip() for text in problem["choices"]["text"]):
+                raise Transformer2Error(f"{config}: {problem['question']!r} has an empty option")
         return found
 
     def conversation(problem: dict) -> str:

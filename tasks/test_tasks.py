@@ -438,14 +438,14 @@ def test_scored_questions_are_plain_text_and_options_begin_with_a_blank(hub):
     assert [task.reward(option, problem) for option in task.choices(problem)] == [1.0, -1.0]
 
 
-def test_a_question_with_one_option_is_named(hub):
-    hub(
-        test=[
-            {"question": "Which?", "choices": {"label": ["A"], "text": ["oak"]}, "answerKey": "A"}
-        ]
-    )
+@pytest.mark.parametrize(
+    ("texts", "fault"), [(["oak"], "only one option"), (["oak", " "], "an empty option")]
+)
+def test_a_question_with_one_option_or_an_empty_one_is_named(texts, fault, hub):
+    choices = {"label": ["A", "B"][: len(texts)], "text": texts}
+    hub(test=[{"question": "Which?", "choices": choices, "answerKey": "A"}])
     task = tasks.get_task("arc-easy-scored")
-    with pytest.raises(Transformer2Error, match="ARC-Easy: 'Which.' has only one option"):
+    with pytest.raises(Transformer2Error, match=f"ARC-Easy: 'Which.' has {fault}"):
         task.problems("train")
 
 
