@@ -51,6 +51,7 @@ class Library:
 def main() -> None:
     args = read_arguments()
     default_model(args)
+    args.shots = args.shots or (20 if args.model == "tiny" else 10)
     args.population = args.population or (32 if args.model == "tiny" else 16)
     args.iterations = args.iterations or (20 if args.model == "tiny" else 3)
     tasks = choose_tasks(args)
@@ -80,7 +81,7 @@ def read_arguments() -> argparse.Namespace:
     add("--experts", type=Path, help="default: experts/<model>")
     add("--task", nargs="+", metavar="UNSEEN", help=", ".join(TASKS))
     add("--strategy", nargs="+", default=STRATEGIES, choices=STRATEGIES, help="default: all")
-    add("--shots", type=int, default=20, help="problems that few-shot adaptation looks at; 20")
+    add("--shots", type=int, help="examples that few-shot looks at; default: tiny 20, others 10")
     add("--population", type=int, help="candidates in an iteration; default: tiny 32, others 16")
     add("--iterations", type=int, help="of the search of few-shot; default: tiny 20, others 3")
     add("--test-problems", type=int, help="held-out ones to score; all, *-scored: 500 and 250")
