@@ -80,7 +80,7 @@ def read_arguments() -> argparse.Namespace:
     add("--token-budget", type=int, help="most tokens in a batch of any kind; fewer: less memory")
     add("--validation-problems", type=int, help="the first N choose the best step; default: 128")
     add("--seed", type=int, help="of the draw of problems and of the sampled answers")
-    add("--test-problems", type=int, help="held-out ones to score; all, *-scored: 500 and 250")
+    add("--test-problems", type=int, help="held-out ones to score; all, *-scored: 500 and 200")
     add("--max-new-tokens", type=int, help="of an answer; default: the task's own limit")
     add("--checkpointing", action="store_true", default=None, help="less memory, a third more time")
     add("--device-map", help="auto: spread a model over several GPUs (needs accelerate)")

@@ -40,7 +40,7 @@ DEFAULT_TASKS = {  # built-in model -> the tasks that train without --task
 }
 
 # Task -> how many held-out problems are scored without --test-problems, where it is not all.
-TEST_PROBLEMS = {"arc-easy-scored": 500, "arc-challenge-scored": 250}
+TEST_PROBLEMS = {"arc-easy-scored": 500, "arc-challenge-scored": 200}
 
 CATEGORIES = {  # classification task -> its categories
     "tiny-classify": tiny.TINY_CATEGORIES,
