@@ -114,7 +114,7 @@ class SVFLinear(nn.Module):
         z = self.current_z()
         if z.dim() > 1:
             raise Transformer2Error("W' cannot be built for a list of experts: use a single one")
-        return ((self.U.float() * (self.s * z)) @ self.Vh.float()).to(self.U.dtype)
+        return (self.U.float() @ ((self.s * z)[:, None] * self.Vh.float())).to(self.U.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.folded_weight is not None:
