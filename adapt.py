@@ -84,7 +84,7 @@ def read_arguments() -> argparse.Namespace:
     add("--shots", type=int, help="examples that few-shot looks at; default: tiny 20, others 10")
     add("--population", type=int, help="candidates in an iteration; default: tiny 32, others 16")
     add("--iterations", type=int, help="of the search of few-shot; default: tiny 20, others 3")
-    add("--test-problems", type=int, help="held-out ones to score; all, *-scored: 500 and 200")
+    add("--test-problems", type=int, help="number to score; default: all, of *-scored 500 or 200")
     add("--max-new-tokens", type=int, help="of an answer; default: the task's own, 150 to a prompt")
     add("--seed", type=int, default=0, help="of the few-shot examples and of the search")
     add("--no-cache", action="store_true", help="keep no decompositions on disk, and read none")

@@ -68,19 +68,19 @@ def read_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", help="hub id, folder, 'tiny' or 'tiny-vlm'; default: tiny, on a GPU a Qwen2.5")
-    add("--task", nargs="+", metavar="T", help=", ".join(TASKS) + "; default: gsm8k, tiny: four")
+    add("--task", nargs="+", metavar="T", help=", ".join(TASKS) + "; default: gsm8k, tiny: its own")
     add("--targets", default="mlp", help="mlp, attention, all, or a regular expression over layers")
     add(
         "--layers", type=float, default=1.0, help="share of the blocks that train, from the last on"
     )
-    add("--steps", type=int, help="updates of z; of this and the next two: default the task's own")
+    add("--steps", type=int, help="updates of z; default, here and in the next two: the task's own")
     add("--batch-size", type=int, help="problems in an update")
     add("--lr", type=float, help="learning rate; it falls to 0 along a cosine")
     add("--kl-coef", type=float, help="λ, the weight of the KL; at 0, the default, not computed")
     add("--token-budget", type=int, help="most tokens in a batch of any kind; fewer: less memory")
     add("--validation-problems", type=int, help="the first N choose the best step; default: 128")
     add("--seed", type=int, help="of the draw of problems and of the sampled answers")
-    add("--test-problems", type=int, help="held-out ones to score; all, *-scored: 500 and 200")
+    add("--test-problems", type=int, help="number to score; default: all, of *-scored 500 or 200")
     add("--max-new-tokens", type=int, help="of an answer; default: the task's own limit")
     add("--checkpointing", action="store_true", default=None, help="less memory, a third more time")
     add("--device-map", help="auto: spread a model over several GPUs (needs accelerate)")
@@ -304,7 +304,7 @@ def guarded(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError:
         message, code = "error: the GPU's memory is full: take a smaller model", 2
     except KeyboardInterrupt:
-        way_on = "train_expert.py with --resume, claims.py with the same command"
+        way_on = "train_expert.py with --resume, claims.py with the same --out"
         message, code = f"\nstopped; these go on from what is done: {way_on}", 130
     print(message, file=sys.stderr)
     sys.exit(code)

@@ -932,7 +932,7 @@ def folded(
     """In this `with` block the layers run with W', built once, if all of this is true:
 
     1. all rows have the same expert,
-    2. there may be 64 new tokens or more (building W' takes the time that about 60 save),
+    2. there may be 64 new tokens or more (for fewer, building W' does not pay),
     3. W' fits in memory beside the key-value cache, and
     4. the answers are greedy, or the model is in float32.
 

@@ -134,10 +134,10 @@ OBJECTIVES: dict[str, Callable[..., t2.Expert]] = {
 
 @dataclass(frozen=True)
 class Base:
-    """How a base model is pretrained. The corpus comes in another order in the second half."""
+    """How a base model is pretrained. The second half may draw other questions than the first."""
 
     seed: int
-    second_half: int | None = None  # the seed of that order; None: no change
+    second_half: int | None = None  # the seed of these draws; None: no change
 
     def name(self, steps: int) -> str:
         return f"{train_expert.built_in_folder('tiny').name}-{steps}-{self.seed}-{self.second_half}"

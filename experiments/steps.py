@@ -99,7 +99,7 @@ def micro_batch_step(
     advantages: torch.Tensor,
     hp: t2.Hyperparameters,
 ) -> None:
-    """What set_gradient does with one micro-batch."""
+    """What set_gradient does with one micro-batch, by backward()."""
     with t2.checkpointing(model, hp.checkpointing):
         log_probs = t2.completion_log_probs(model, inputs, completions)
     ref_log_probs = log_probs.detach()

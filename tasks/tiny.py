@@ -1,8 +1,8 @@
 """The built-in text model: a small world of skills, the tasks in it, and the pretraining.
 
-Every question of a skill has a right answer and a sloppy one, which is wrong in a fixed way. The
-corpus answers 40 % of the questions rightly and the others sloppily, so the base model knows both
-and the sloppy habit wins. Training an expert brings the skill out.
+Every question of a skill has a right answer and a sloppy one, by a fixed rule that is mostly wrong.
+The corpus gives 40 % of the questions the right one and the others the sloppy one, so the base
+model knows both and the sloppy habit wins. Training an expert brings the skill out.
 """
 
 import functools
