@@ -1189,6 +1189,8 @@ def test_reinforce_leaves_the_model_as_it_was():
         ("validate_every", 0, 1),
         ("validation_problems", 0, 1),
         ("steps", -1, 0),
+        ("lr", -0.1, 0),
+        ("max_grad_norm", -1.0, 0),
         ("kl_coef", -0.1, 0),
         ("kl_coef", math.nan, 0),
     ],

@@ -229,7 +229,7 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         least = {"batch_size": 1, "validate_every": 1, "validation_problems": 1}
-        least |= {"steps": 0, "kl_coef": 0}
+        least |= {"steps": 0, "lr": 0, "kl_coef": 0, "max_grad_norm": 0}
         for name, value in least.items():
             if not getattr(self, name) >= value:  # unlike <, this refuses nan, too
                 raise Transformer2Error(f"{name} {getattr(self, name)} must be at least {value}")
