@@ -938,7 +938,7 @@ def folded(
 
     Otherwise they run as in training. Call it inside of use_expert: W' is built from the z's in
     use. The reason for 4: a W' rounded to bfloat16 moves the log-probability of a token by 0.04
-    (SmolLM2; in float32 by 4e-6), so sampled answers would come from another policy than the one
+    (SmolLM2; in float32 by 5e-6), so sampled answers would come from another policy than the one
     that is trained.
     """
     layers = svf_layers(model).values()
